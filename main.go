@@ -1,0 +1,308 @@
+// envd, the guest agent of a microVM sandbox: configuration from flags, construction, start and stop. Nothing else.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+
+	pb "envd/proto"
+)
+
+const version = "0.7.0"
+
+// commit is set by `make build`.
+var commit = "unknown"
+
+const standardPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/games:/usr/local/games"
+
+type config struct {
+	server  serverOptions
+	process processOptions
+
+	port          int
+	listen        string
+	showVersion   bool
+	showCommit    bool
+	cmd           string
+	cgroupRoot    string
+	cgroupRootSet bool
+	noCgroups     bool
+	runDir        string
+	allowOrigin   string
+	stopTimeout   time.Duration
+	startTimeout  time.Duration
+	outputBuffer  int64
+	outputMemory  int64
+	outputEnded   int64
+	resumeGrace   time.Duration
+}
+
+func parseFlags(args []string, errOut io.Writer) (*config, error) {
+	c := &config{}
+	f := flag.NewFlagSet("envd", flag.ContinueOnError)
+	f.SetOutput(errOut)
+	var ignored bool
+	groups := flagGroups{set: f}
+	groups.next("General")
+	f.IntVar(&c.port, "port", 49983, "TCP `port` to listen on")
+	f.StringVar(&c.listen, "listen", "", "`address` to listen on (default all interfaces)")
+	f.BoolVar(&c.server.isnotfc, "isnotfc", false, "not in a Firecracker guest: a developer's machine")
+	f.StringVar(&c.cmd, "cmd", "", "shell `command` to run at start, as the default user, with the tag startCmd")
+	f.StringVar(&c.runDir, "run-dir", "/run/wrenn", "`directory` for the files that tell the guest about its sandbox")
+	f.BoolVar(&c.showVersion, "version", false, "print the version and exit")
+	f.BoolVar(&c.showCommit, "commit", false, "print the commit and exit")
+	groups.next("Who may ask")
+	f.StringVar(&c.allowOrigin, "allow-origin", "", "comma-separated `origins` of web pages that may ask without a token under --isnotfc; * allows all")
+	f.BoolVar(&c.server.noLocalClients, "no-local-clients", false, "refuse every peer that has one of this machine's own addresses")
+	groups.next("Control groups")
+	f.StringVar(&c.cgroupRoot, "cgroup-root", "/sys/fs/cgroup", "cgroup2 `directory` for the groups of processes; under --isnotfc only if given")
+	f.BoolVar(&c.noCgroups, "no-cgroups", false, "use process groups only")
+	groups.next("Processes")
+	f.DurationVar(&c.process.endSilence, "end-silence", 250*time.Millisecond, "how long background children of an ended process must be silent before its stream ends")
+	f.DurationVar(&c.process.endGrace, "end-grace", 2*time.Second, "how long they may talk on before it ends all the same")
+	f.DurationVar(&c.process.retainTime, "retain-time", 10*time.Minute, "how long the status and output of an ended process are kept")
+	f.IntVar(&c.process.retainCount, "retain-count", 4096, "`count` of them that are kept")
+	f.DurationVar(&c.startTimeout, "start-timeout", 30*time.Second, "how long the start of a process may hang in the kernel")
+	f.IntVar(&c.process.maxProcesses, "max-processes", 4096, "`count` of processes that may run at once")
+	groups.next("Output")
+	f.Int64Var(&c.outputBuffer, "output-buffer", 512<<10, "`bytes` of output kept of each running process")
+	f.Int64Var(&c.outputMemory, "output-memory", 0, "`bytes` of output kept of all running ones together (default 1/16 of the memory)")
+	f.Int64Var(&c.outputEnded, "output-ended", 4<<20, "`bytes` of output kept of all ended ones together")
+	f.DurationVar(&c.resumeGrace, "resume-grace", 2*time.Second, "how long a process with a full buffer waits for a client that lost its connection")
+	groups.next("Streams")
+	f.DurationVar(&c.process.stallAlone, "stall-timeout", 60*time.Second, "how long a client may take no output before its stream is cut")
+	f.DurationVar(&c.process.stallShared, "stall-timeout-shared", 10*time.Second, "the same while another client waits because of it")
+	f.DurationVar(&c.process.keepAlive, "keepalive-interval", 90*time.Second, "interval of keep-alive events, where the client names none")
+	groups.next("Server")
+	f.DurationVar(&c.server.headerTimeout, "header-timeout", 30*time.Second, "how long a client may take to send a request's header")
+	f.DurationVar(&c.server.idleTimeout, "idle-timeout", 640*time.Second, "how long a connection is kept open between requests")
+	f.IntVar(&c.server.maxWaiting, "max-waiting-connections", 1024, "`count` of connections that may be open without a request; beyond it the oldest is closed")
+	f.DurationVar(&c.stopTimeout, "stop-timeout", 5*time.Second, "how long requests may take to finish after SIGTERM")
+	groups.next("Accepted and without effect, for launchers of other agents")
+	f.BoolVar(&ignored, "verbose", false, "")
+	f.BoolVar(&ignored, "resume-handover", false, "")
+	f.Usage = groups.print
+	if err := f.Parse(args); err != nil {
+		return nil, err
+	}
+	f.Visit(func(fl *flag.Flag) { c.cgroupRootSet = c.cgroupRootSet || fl.Name == "cgroup-root" })
+	if f.NArg() > 0 {
+		err := fmt.Errorf("unexpected argument: %s", f.Arg(0))
+		fmt.Fprintln(errOut, err)
+		f.Usage()
+		return nil, err
+	}
+	return c, nil
+}
+
+// flagGroups prints flags under the headings they were declared below.
+type flagGroups struct {
+	set    *flag.FlagSet
+	titles []string
+	starts []map[string]bool // the flags declared before each heading
+}
+
+func (g *flagGroups) next(title string) {
+	before := map[string]bool{}
+	g.set.VisitAll(func(f *flag.Flag) { before[f.Name] = true })
+	g.titles, g.starts = append(g.titles, title), append(g.starts, before)
+}
+
+func (g *flagGroups) print() {
+	g.next("")
+	out := g.set.Output()
+	fmt.Fprintln(out, "Usage: envd [flags]\n\nThe guest agent of a microVM sandbox. The level of the log is set by ENVD_LOG=debug|info|warn|error.")
+	for i, title := range g.titles[:len(g.titles)-1] {
+		fmt.Fprintf(out, "\n%s:\n", title)
+		g.set.VisitAll(func(f *flag.Flag) {
+			if g.starts[i][f.Name] || !g.starts[i+1][f.Name] {
+				return
+			}
+			argument, usage := flag.UnquoteUsage(f)
+			if argument != "" {
+				argument = " " + argument
+			}
+			if f.DefValue != "" && f.DefValue != "false" && f.DefValue != "0" {
+				usage += " (default " + f.DefValue + ")"
+			}
+			fmt.Fprintf(out, "  --%-32s %s\n", f.Name+argument, usage)
+		})
+	}
+}
+
+func main() {
+	c, err := parseFlags(os.Args[1:], os.Stderr)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return
+	case err != nil:
+		os.Exit(2)
+	case c.showVersion:
+		fmt.Println(version)
+	case c.showCommit:
+		fmt.Println(commit)
+	default:
+		os.Exit(run(c))
+	}
+}
+
+// run serves until SIGTERM or SIGINT.
+func run(c *config) int {
+	slog.SetDefault(newLogger(os.Stdout, c.server.isnotfc))
+	prepareProcess()
+	listener, err := net.Listen("tcp", net.JoinHostPort(c.listen, strconv.Itoa(c.port)))
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "envd:", err)
+		return 1
+	}
+
+	users := newUserDB()
+	token := &accessToken{}
+	settings := newSettings(startUser(users))
+	settings.setSystem("WRENN_SANDBOX", strconv.FormatBool(!c.server.isnotfc))
+	writeRunDir(c)
+	cgroups := openCgroupRoot(c)
+	defer cgroups.close()
+	spawner := newSpawner(c.startTimeout)
+	stopping := make(chan struct{})
+	memory := newOutputMemory(c.outputBuffer, c.outputMemory, c.outputEnded, c.resumeGrace)
+	if memory.liveLimit == 0 {
+		memory.liveLimit = int64(totalMemory() / 16)
+	}
+	c.process.environment, c.process.defaults, c.process.stopping = settings.environment, settings.defaults, stopping
+	if c.process.path = os.Getenv("PATH"); c.process.path == "" {
+		c.process.path = standardPath
+	}
+	processes := newProcessService(c.process, users, spawner, cgroups, memory)
+
+	c.server.version = version
+	c.server.allowedOrigins = strings.Split(c.allowOrigin, ",")
+	srv := newServer(c.server, token, settings, users)
+	initer := &initService{version: version, token: token, settings: settings}
+	srv.handle(route{"POST", "/init", true, initer.serve})
+	srv.service(pb.NewProcessHandler(processes, connect.WithRecover(recovered)))
+	httpServer := srv.httpServer()
+
+	stopMachinery, machinery := make(chan struct{}), make(chan struct{}, 2)
+	go func() { spawner.run(stopMachinery); machinery <- struct{}{} }()
+	go func() { tickSeconds(processes.tick, stopMachinery); machinery <- struct{}{} }()
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	failed := make(chan error, 1)
+	go func() { failed <- httpServer.Serve(listener) }()
+	slog.Info("listening", "logger", "envd", "address", listener.Addr().String(), "version", version)
+	if c.cmd != "" {
+		go processes.runAtStart(c.cmd)
+	}
+
+	code := 0
+	select {
+	case s := <-signals:
+		slog.Info("stopping; processes live on", "logger", "envd", "signal", s.String())
+	case err := <-failed:
+		slog.Error("serving failed", "logger", "envd", "error", err)
+		code = 1
+	}
+	close(stopping)
+	ctx, cancel := context.WithTimeout(context.Background(), c.stopTimeout*9/10)
+	defer cancel()
+	if err := httpServer.Shutdown(ctx); err != nil {
+		httpServer.Close()
+	}
+	close(stopMachinery)
+	<-machinery
+	<-machinery
+	return code
+}
+
+// recovered answers for a handler that panicked: an error of that request only.
+func recovered(_ context.Context, spec connect.Spec, _ http.Header, reason any) error {
+	slog.Error("a handler panicked", "logger", "envd", "method", spec.Procedure, "error", fmt.Sprint(reason), "stack", string(debug.Stack()))
+	return connect.NewError(connect.CodeInternal, errors.New("internal error"))
+}
+
+func tickSeconds(tick func(time.Time), stop <-chan struct{}) {
+	ticker := time.NewTicker(time.Second)
+	defer ticker.Stop()
+	for {
+		select {
+		case now := <-ticker.C:
+			tick(now)
+		case <-stop:
+			return
+		}
+	}
+}
+
+// prepareProcess makes what children inherit independent of how the daemon was started.
+func prepareProcess() {
+	syscall.Umask(0o022)
+	unix.CloseRange(3, 1<<32-1, unix.CLOSE_RANGE_CLOEXEC)
+	if os.Geteuid() == 0 {
+		unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
+	}
+}
+
+// startUser is the default user until /init names one: root, or whoever runs the daemon.
+func startUser(users *userDB) string {
+	if uid := os.Geteuid(); uid != 0 {
+		return users.userName(uint32(uid))
+	}
+	return "root"
+}
+
+// writeRunDir tells the guest that it is (or is not) a sandbox.
+func writeRunDir(c *config) {
+	file := filepath.Join(c.runDir, ".WRENN_SANDBOX")
+	err := os.MkdirAll(c.runDir, 0o755)
+	if err == nil {
+		os.Remove(file)
+		err = os.WriteFile(file, []byte(strconv.FormatBool(!c.server.isnotfc)), 0o444)
+	}
+	if err != nil {
+		slog.Warn("the run directory is not writable", "logger", "envd", "error", err)
+	}
+}
+
+// openCgroupRoot gives nil, and a warning, where there is no cgroup2 to use.
+func openCgroupRoot(c *config) *cgroups {
+	if c.noCgroups {
+		return nil
+	}
+	open := func() (*cgroups, error) { return openCgroups(c.cgroupRoot, false) }
+	if c.server.isnotfc && !c.cgroupRootSet {
+		open = openOwnCgroups
+	}
+	cg, err := open()
+	if err != nil {
+		slog.Warn("no cgroup leaves; process groups serve instead", "logger", "cgroup", "error", err)
+		return nil
+	}
+	return cg
+}
+
+func totalMemory() uint64 {
+	var info unix.Sysinfo_t
+	if unix.Sysinfo(&info) != nil {
+		return 1 << 30
+	}
+	return info.Totalram * uint64(info.Unit)
+}

@@ -1,0 +1,420 @@
+// The output log of a process: what it wrote, in arrival order, under absolute byte offsets.
+//
+// Rules. With a subscriber attached nothing is dropped: the pipe's reader waits while the slowest one is outputPending
+// behind, so that the pipe fills and the child blocks. With nobody attached the oldest bytes go and are counted, so that
+// an unattended process runs on; only for a short grace after its last subscriber left does it wait, because a client
+// that lost its connection comes back for the bytes that were on their way to it. For the same reason bytes that were
+// handed to a connection stay for a while: the log keeps `perLog` bytes behind the slowest subscriber.
+//
+// All logs share one mutex and one memory budget; nothing is done under it but moving bytes.
+
+package main
+
+import (
+	"slices"
+	"sync"
+	"time"
+)
+
+type outputKind uint8
+
+const (
+	stdoutKind outputKind = iota
+	stderrKind
+	ptyKind
+)
+
+const (
+	// outputChunk is the largest piece that is read, kept and sent at once.
+	outputChunk = 128 << 10
+	// outputPending is how far, in bytes, the slowest subscriber may be behind before its process has to wait. Little, since
+	// what is pending here comes on top of what is kept for those who come back.
+	outputPending = 64 << 10
+	// keepWhole is the size from which a read buffer becomes a chunk as it is instead of being copied.
+	keepWhole = 96 << 10
+)
+
+type chunk struct {
+	kind outputKind
+	off  int64
+	seq  uint64 // age among the chunks of all logs
+	data []byte // append-only: what a subscriber was given never changes
+}
+
+func (c *chunk) end() int64 { return c.off + int64(len(c.data)) }
+
+// outputMemory is the budget of all logs, in bytes.
+type outputMemory struct {
+	perLog, liveLimit, endedLimit int64
+	grace                         time.Duration
+
+	mu          sync.Mutex // protects everything below, and every log and subscriber
+	live, ended int64      // buffer bytes held by logs of live and of ended processes
+	seq         uint64
+	dropped     int64 // bytes that no subscriber had been sent
+	liveLogs    map[*outputLog]struct{}
+	endedLogs   []*outputLog // oldest first
+}
+
+type outputLog struct {
+	m          *outputMemory
+	chunks     []chunk
+	first, end int64 // offsets of the oldest byte kept and behind the newest
+	sent       int64 // offset behind the last byte that any client was sent
+	subs       []*subscriber
+	graceUntil time.Time
+	space      sync.Cond // a reader waits for room
+	waiting    int       // readers in that wait
+	finished   bool
+	forgotten  bool
+}
+
+// A subscriber is one stream that follows a log. Only its own goroutine calls its methods.
+type subscriber struct {
+	log      *outputLog
+	pos      int64         // everything before was sent
+	limit    int64         // where this stream ends, once the process has ended; -1 before
+	notify   chan struct{} // holds a value when there may be something new
+	progress time.Time     // when it last took something, or when something to take first appeared
+	cut      bool
+	onCut    func()
+}
+
+func newOutputMemory(perLog, liveLimit, endedLimit int64, grace time.Duration) *outputMemory {
+	return &outputMemory{perLog: perLog, liveLimit: liveLimit, endedLimit: endedLimit, grace: grace,
+		liveLogs: map[*outputLog]struct{}{}}
+}
+
+func (m *outputMemory) newLog() *outputLog {
+	l := &outputLog{m: m}
+	l.space.L = &m.mu
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.liveLogs[l] = struct{}{}
+	return l
+}
+
+// waitForRoom returns when the next piece may be read.
+func (l *outputLog) waitForRoom() {
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	for l.fullLocked() {
+		l.waiting++
+		l.space.Wait()
+		l.waiting--
+	}
+}
+
+func (l *outputLog) fullLocked() bool {
+	if !l.attendedLocked() {
+		return false
+	}
+	pending := l.end - l.slowestLocked()
+	return pending >= outputPending || pending > 0 && l.m.live > l.m.liveLimit
+}
+
+// held tells whether a reader waits for a subscriber: then the clocks at the end of a process stand still.
+func (l *outputLog) held() bool {
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	return l.waiting > 0
+}
+
+func (l *outputLog) attendedLocked() bool {
+	return len(l.subs) > 0 || !l.finished && time.Now().Before(l.graceUntil)
+}
+
+// slowestLocked is the offset up to which every subscriber has been served.
+func (l *outputLog) slowestLocked() int64 {
+	if len(l.subs) == 0 {
+		return l.sent
+	}
+	pos := l.subs[0].pos
+	for _, s := range l.subs[1:] {
+		pos = min(pos, s.pos)
+	}
+	return pos
+}
+
+// append adds what was read. It tells whether the log keeps buf itself, so that the reader takes another one.
+func (l *outputLog) append(kind outputKind, buf []byte, n int) (kept bool) {
+	m := l.m
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.seq++
+	data := buf[:n]
+	if last := len(l.chunks) - 1; n < keepWhole && last >= 0 && l.chunks[last].kind == kind {
+		c := &l.chunks[last]
+		fits := min(n, cap(c.data)-len(c.data))
+		c.data = append(c.data, data[:fits]...)
+		l.end += int64(fits)
+		data = data[fits:]
+	}
+	switch {
+	case len(data) == 0:
+	case l.forgotten && l.finished && len(l.subs) == 0:
+		l.end += int64(len(data))
+		l.first = l.end
+	default:
+		kept = len(data) == n && n >= keepWhole
+		if !kept {
+			// Room for what follows: a command that writes line by line must not cost a buffer a line.
+			size := 512
+			if last := len(l.chunks) - 1; last >= 0 {
+				size = min(2*cap(l.chunks[last].data), 32<<10)
+			}
+			data = append(make([]byte, 0, max(size, len(data))), data...)
+		}
+		l.chunks = append(l.chunks, chunk{kind: kind, off: l.end, seq: m.seq, data: data})
+		l.end += int64(len(data))
+		l.accountLocked(int64(cap(data)))
+	}
+	for _, s := range l.subs {
+		s.wakeLocked()
+	}
+	l.trimLocked()
+	return kept
+}
+
+func (l *outputLog) accountLocked(bytes int64) {
+	if l.finished {
+		l.m.ended += bytes
+	} else {
+		l.m.live += bytes
+	}
+}
+
+// trimLocked brings this log, then all of them together, back to their bounds.
+func (l *outputLog) trimLocked() {
+	m := l.m
+	for l.droppableLocked() && l.newestNeededLocked()-l.chunks[0].end() >= m.perLog {
+		l.dropLocked()
+	}
+	for m.live > m.liveLimit {
+		var oldest *outputLog
+		for o := range m.liveLogs {
+			if o.droppableLocked() && (oldest == nil || o.olderLocked(oldest)) {
+				oldest = o
+			}
+		}
+		if oldest == nil {
+			break
+		}
+		oldest.dropLocked()
+	}
+	for i := 0; m.ended > m.endedLimit && i < len(m.endedLogs); i++ {
+		for o := m.endedLogs[i]; m.ended > m.endedLimit && o.droppableLocked(); {
+			o.dropLocked()
+		}
+	}
+}
+
+// newestNeededLocked is the offset behind which the log keeps its perLog bytes.
+func (l *outputLog) newestNeededLocked() int64 {
+	if l.attendedLocked() {
+		return l.slowestLocked()
+	}
+	return l.end
+}
+
+// droppableLocked tells whether the oldest chunk may go: nobody is attached, or all who are have been sent it.
+func (l *outputLog) droppableLocked() bool {
+	return len(l.chunks) > 0 && (!l.attendedLocked() || l.chunks[0].end() <= l.slowestLocked())
+}
+
+// olderLocked orders the logs that may drop something: unattended ones first, then by age.
+func (l *outputLog) olderLocked(o *outputLog) bool {
+	if a, b := l.attendedLocked(), o.attendedLocked(); a != b {
+		return b
+	}
+	return l.chunks[0].seq < o.chunks[0].seq
+}
+
+func (l *outputLog) dropLocked() {
+	c := l.chunks[0]
+	l.chunks[0] = chunk{}
+	l.chunks = l.chunks[1:]
+	l.first = c.end()
+	l.m.dropped += max(0, l.first-max(l.sent, c.off))
+	l.accountLocked(-int64(cap(c.data)))
+}
+
+// Where a subscription begins: at an offset, or at one of these.
+const (
+	fromUnsent int64 = -1 - iota // at the first byte that no client has been sent
+	fromNow
+)
+
+// subscribe attaches a stream. It tells the offset of the stream's first byte and how many of the bytes that were asked
+// for are gone; ok is false when the offset lies past the end.
+func (l *outputLog) subscribe(from int64, onCut func()) (s *subscriber, lost int64, ok bool) {
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	switch from {
+	case fromUnsent:
+		from = l.sent
+	case fromNow:
+		from = l.end
+	}
+	if from > l.end {
+		return nil, 0, false
+	}
+	s = &subscriber{log: l, pos: max(from, l.first), limit: -1, notify: make(chan struct{}, 1), onCut: onCut,
+		progress: time.Now()}
+	if l.finished {
+		s.limit = l.end
+	}
+	l.subs = append(l.subs, s)
+	return s, s.pos - from, true
+}
+
+// finish says that the process has ended: each stream ends at the byte that is the newest now.
+func (l *outputLog) finish() {
+	m := l.m
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, c := range l.chunks {
+		m.live -= int64(cap(c.data))
+		m.ended += int64(cap(c.data))
+	}
+	l.finished = true
+	delete(m.liveLogs, l)
+	m.endedLogs = append(m.endedLogs, l)
+	for _, s := range l.subs {
+		s.limit = l.end
+		s.wakeLocked()
+	}
+	l.freeLocked()
+	l.trimLocked()
+	l.roomLocked()
+}
+
+// forget frees the log once it has ended and nobody follows it any more. What background children still write is then
+// read and dropped.
+func (l *outputLog) forget() {
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	l.forgotten = true
+	l.freeLocked()
+}
+
+func (l *outputLog) freeLocked() {
+	if !l.forgotten || !l.finished || len(l.subs) > 0 {
+		return
+	}
+	for len(l.chunks) > 0 {
+		l.dropLocked()
+	}
+	l.m.endedLogs = slices.DeleteFunc(l.m.endedLogs, func(o *outputLog) bool { return o == l })
+}
+
+// roomLocked lets readers look again: this log's, or all when the shared budget was what they waited for.
+func (l *outputLog) roomLocked() {
+	l.space.Broadcast()
+	for o := range l.m.liveLogs {
+		if o.waiting > 0 && o != l {
+			o.space.Broadcast()
+		}
+	}
+}
+
+func (s *subscriber) wakeLocked() {
+	select {
+	case s.notify <- struct{}{}:
+	default:
+	}
+}
+
+// next gives what is to be sent now. With no data, done says that all has been sent and the process has ended; cut that
+// this subscriber was too slow.
+func (s *subscriber) next() (kind outputKind, data []byte, done, cut bool) {
+	l := s.log
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	if s.cut {
+		return 0, nil, false, true
+	}
+	if s.pos >= l.end || s.limit >= 0 && s.pos >= s.limit {
+		return 0, nil, s.limit >= 0, false
+	}
+	i, _ := slices.BinarySearchFunc(l.chunks, s.pos, func(c chunk, pos int64) int {
+		if c.end() <= pos {
+			return -1
+		}
+		return 1
+	})
+	c := &l.chunks[i]
+	data = c.data[s.pos-c.off:]
+	if s.limit >= 0 {
+		data = data[:min(int64(len(data)), s.limit-s.pos)]
+	}
+	return c.kind, data, false, false
+}
+
+// sent says that n more bytes are in the hands of the connection.
+func (s *subscriber) sent(n int) {
+	l := s.log
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	s.pos += int64(n)
+	s.progress = time.Now()
+	l.sent = max(l.sent, s.pos)
+	l.trimLocked()
+	l.roomLocked()
+}
+
+// detach ends a subscription; safe to call after the subscriber was cut.
+func (s *subscriber) detach() {
+	l := s.log
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	if s.cut {
+		return
+	}
+	l.removeLocked(s)
+	if len(l.subs) == 0 && !l.finished && l.m.grace > 0 {
+		l.graceUntil = time.Now().Add(l.m.grace)
+		time.AfterFunc(l.m.grace, func() {
+			l.m.mu.Lock()
+			defer l.m.mu.Unlock()
+			l.trimLocked()
+			l.roomLocked()
+		})
+	}
+}
+
+func (l *outputLog) removeLocked(s *subscriber) {
+	l.subs = slices.DeleteFunc(l.subs, func(o *subscriber) bool { return o == s })
+	l.freeLocked()
+	l.trimLocked()
+	l.roomLocked()
+}
+
+// cutStalled detaches the subscribers that took nothing for `alone`, or for `shared` while another one waits because of
+// them. Their connections are broken by onCut, so that a stream without `end` tells the client to come back.
+func (m *outputMemory) cutStalled(now time.Time, alone, shared time.Duration) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	logs := slices.Clone(m.endedLogs)
+	for l := range m.liveLogs {
+		logs = append(logs, l)
+	}
+	for _, l := range logs {
+		for _, s := range slices.Clone(l.subs) {
+			waits := func(o *subscriber) bool { return o.pos == l.end }
+			switch stalled := now.Sub(s.progress); {
+			case s.pos == l.end:
+				s.progress = now
+			case stalled > alone, stalled > shared && l.waiting > 0 && slices.ContainsFunc(l.subs, waits):
+				s.cutLocked()
+			}
+		}
+	}
+}
+
+func (s *subscriber) cutLocked() {
+	s.cut = true
+	s.log.removeLocked(s)
+	s.wakeLocked()
+	s.onCut()
+}

@@ -1,0 +1,736 @@
+// The Process service: from a request to a process, from a process to its clients.
+//
+// A process is in one of two tables: running, by pid; or ended, kept for a while so that clients that lost their stream
+// can come back for output and exit status. It moves when it has been reaped. Each process has one goroutine a pipe,
+// which fills its output log, and one that waits for its end.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	pb "envd/proto"
+)
+
+type processOptions struct {
+	endSilence, endGrace    time.Duration
+	retainTime              time.Duration
+	retainCount             int
+	maxProcesses            int
+	stallAlone, stallShared time.Duration
+	keepAlive               time.Duration
+	environment             func() map[string]string
+	defaults                func() (user, workdir string)
+	path                    string // PATH of children before the request's own
+	stopping                <-chan struct{}
+}
+
+type processService struct {
+	processOptions
+	users   *userDB
+	spawner *spawner
+	cgroups *cgroups
+	memory  *outputMemory
+
+	mu      sync.Mutex // protects the tables and the count
+	running map[uint32]*process
+	ended   []*process // oldest first
+	count   int        // running ones and those being started
+}
+
+type process struct {
+	config   *pb.ProcessConfig
+	tag      *string
+	pid      uint32
+	child    *child
+	log      *outputLog
+	outputs  []*outputPipe
+	pty      *os.File // master, nil without a terminal
+	stdin    *inputPipe
+	started  time.Time
+	signaled atomic.Bool // by a client or its timeout: then nobody waits for background children
+	timedOut atomic.Bool
+	timeout  *time.Timer
+	end      *pb.ProcessEvent_EndEvent // set before the log is finished
+	eof      chan struct{}             // closed when every output has been read to its end
+}
+
+func newProcessService(o processOptions, users *userDB, sp *spawner, cg *cgroups, m *outputMemory) *processService {
+	return &processService{processOptions: o, users: users, spawner: sp, cgroups: cg, memory: m,
+		running: map[uint32]*process{}}
+}
+
+// tick is called about once a second.
+func (s *processService) tick(now time.Time) {
+	s.memory.cutStalled(now, s.stallAlone, s.stallShared)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.dropEndedLocked(func(p *process) bool { return now.Sub(p.child.end) > s.retainTime })
+}
+
+func (s *processService) List(ctx context.Context, _ *connect.Request[pb.ListRequest]) (*connect.Response[pb.ListResponse], error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	res := &pb.ListResponse{}
+	for _, p := range s.running {
+		res.Processes = append(res.Processes, &pb.ProcessInfo{Config: p.config, Pid: p.pid, Tag: p.tag})
+	}
+	return connect.NewResponse(res), nil
+}
+
+func (s *processService) Start(ctx context.Context, req *connect.Request[pb.StartRequest], stream *connect.ServerStream[pb.StartResponse]) error {
+	p, sub, err := s.start(ctx, req.Msg)
+	if err != nil {
+		return err
+	}
+	defer sub.detach()
+	stream.ResponseHeader().Set("Envd-Output-Offset", "0")
+	stream.ResponseHeader().Set("Envd-Output-Lost", "0")
+	res := &pb.StartResponse{}
+	return s.follow(ctx, p, sub, req.Header(), true, func(event *pb.ProcessEvent) error {
+		res.Event = event
+		return stream.Send(res)
+	})
+}
+
+func (s *processService) Connect(ctx context.Context, req *connect.Request[pb.ConnectRequest], stream *connect.ServerStream[pb.ConnectResponse]) error {
+	p, err := s.find(req.Msg.GetProcess(), true)
+	if err != nil {
+		return err
+	}
+	from, err := outputFrom(req.Header().Get("Envd-Output-From"))
+	if err != nil {
+		return err
+	}
+	sub, lost, ok := p.log.subscribe(from, requestOf(ctx).breakStream)
+	if !ok {
+		return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("Envd-Output-From: offset %d is past the end of the output", from))
+	}
+	defer sub.detach()
+	stream.ResponseHeader().Set("Envd-Output-Offset", strconv.FormatInt(sub.pos, 10))
+	stream.ResponseHeader().Set("Envd-Output-Lost", strconv.FormatInt(lost, 10))
+	res := &pb.ConnectResponse{}
+	return s.follow(ctx, p, sub, req.Header(), false, func(event *pb.ProcessEvent) error {
+		res.Event = event
+		return stream.Send(res)
+	})
+}
+
+// outputFrom reads the header Envd-Output-From.
+func outputFrom(value string) (int64, error) {
+	switch value {
+	case "":
+		return fromUnsent, nil
+	case "new":
+		return fromNow, nil
+	case "all":
+		return 0, nil
+	}
+	offset, err := strconv.ParseUint(value, 10, 63)
+	if err != nil {
+		return 0, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("Envd-Output-From: %q is none of an offset, all, new", value))
+	}
+	return int64(offset), nil
+}
+
+// follow sends a process to one client: start, output, end. It is the only goroutine that writes to the stream.
+func (s *processService) follow(ctx context.Context, p *process, sub *subscriber, header http.Header, starter bool, send func(*pb.ProcessEvent) error) error {
+	start := &pb.ProcessEvent{Event: &pb.ProcessEvent_Start{Start: &pb.ProcessEvent_StartEvent{Pid: p.pid}}}
+	if err := send(start); err != nil {
+		return err
+	}
+	interval := keepAliveInterval(header, s.keepAlive)
+	keepAlive := time.NewTimer(interval)
+	defer keepAlive.Stop()
+	ctxDone := ctx.Done()
+	var lastWords <-chan time.Time // runs from the deadline of the starter's stream until it must end
+	for {
+		if kind, data, done, cut := sub.next(); cut {
+			return connect.NewError(connect.CodeAborted, errors.New("the client has not taken output for too long; resume by offset"))
+		} else if done {
+			if starter && p.timedOut.Load() {
+				return context.DeadlineExceeded
+			}
+			return send(&pb.ProcessEvent{Event: &pb.ProcessEvent_End{End: p.endFor(header)}})
+		} else if data != nil {
+			if !starter && ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if err := send(dataEvent(kind, data)); err != nil {
+				return err
+			}
+			sub.sent(len(data))
+			keepAlive.Reset(interval)
+			continue
+		}
+		select {
+		case <-sub.notify:
+		case <-keepAlive.C:
+			if err := send(&pb.ProcessEvent{Event: &pb.ProcessEvent_Keepalive{Keepalive: &pb.ProcessEvent_KeepAlive{}}}); err != nil {
+				return err
+			}
+			keepAlive.Reset(interval)
+		case <-ctxDone:
+			if !starter || !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+				return ctx.Err()
+			}
+			// The process is being killed. What it wrote before goes out first.
+			ctxDone, lastWords = nil, time.After(time.Second)
+		case <-lastWords:
+			return context.DeadlineExceeded
+		case <-s.stopping:
+			return connect.NewError(connect.CodeUnavailable, errors.New("envd is stopping"))
+		}
+	}
+}
+
+func dataEvent(kind outputKind, data []byte) *pb.ProcessEvent {
+	event := &pb.ProcessEvent_DataEvent{}
+	switch kind {
+	case stdoutKind:
+		event.Output = &pb.ProcessEvent_DataEvent_Stdout{Stdout: data}
+	case stderrKind:
+		event.Output = &pb.ProcessEvent_DataEvent_Stderr{Stderr: data}
+	case ptyKind:
+		event.Output = &pb.ProcessEvent_DataEvent_Pty{Pty: data}
+	}
+	return &pb.ProcessEvent{Event: &pb.ProcessEvent_Data{Data: event}}
+}
+
+// endFor strips what the client has not asked for.
+func (p *process) endFor(header http.Header) *pb.ProcessEvent_EndEvent {
+	if header.Get("Envd-Extensions") == "1" {
+		return p.end
+	}
+	return &pb.ProcessEvent_EndEvent{ExitCode: p.end.ExitCode, Exited: p.end.Exited, Status: p.end.Status, Error: p.end.Error}
+}
+
+// keepAliveInterval reads Keepalive-Ping-Interval, in seconds.
+func keepAliveInterval(header http.Header, standard time.Duration) time.Duration {
+	seconds, err := strconv.ParseInt(header.Get("Keepalive-Ping-Interval"), 10, 64)
+	if err != nil || seconds <= 0 {
+		return standard
+	}
+	return time.Duration(min(seconds, 86400)) * time.Second
+}
+
+// start validates a request, starts its process and subscribes to all of its output.
+func (s *processService) start(ctx context.Context, req *pb.StartRequest) (*process, *subscriber, error) {
+	config := req.GetProcess()
+	if config == nil {
+		return nil, nil, connect.NewError(connect.CodeInvalidArgument, errors.New("process config required"))
+	}
+	defaultUser, defaultWorkdir := s.defaults()
+	user, err := actingUser(ctx, s.users, defaultUser)
+	if err != nil {
+		return nil, nil, connect.NewError(connect.CodeUnauthenticated, err)
+	}
+	if euid := os.Geteuid(); euid != 0 && uint32(euid) != user.uid {
+		return nil, nil, connect.NewError(connect.CodePermissionDenied,
+			fmt.Errorf("cannot act as user '%s': envd runs as uid %d and can start processes only for it", user.name, euid))
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, nil, err
+	}
+	dir, err := resolvePath(config.GetCwd(), user.home, defaultWorkdir)
+	if err != nil {
+		return nil, nil, connect.NewError(connect.CodeInvalidArgument,
+			fmt.Errorf("failed to expand path '%s' for user '%s': %w", config.GetCwd(), user.name, err))
+	}
+	spec := &spawnSpec{argv: append([]string{config.GetCmd()}, config.GetArgs()...), dir: dir, user: user,
+		env: s.childEnvironment(user, dir, config.GetEnvs()), fds: [3]int{-1, -1, -1}}
+	for _, text := range slices.Concat(spec.argv, spec.env, []string{dir}) {
+		if strings.IndexByte(text, 0) >= 0 {
+			return nil, nil, startError(req, dir, errors.New("a NUL byte in the command, its arguments, variables or directory"))
+		}
+	}
+	s.mu.Lock()
+	if s.count >= s.maxProcesses {
+		s.mu.Unlock()
+		return nil, nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("%d processes are running already", s.maxProcesses))
+	}
+	s.count++
+	s.mu.Unlock()
+	started := false
+	defer func() {
+		if !started {
+			s.mu.Lock()
+			s.count--
+			s.mu.Unlock()
+		}
+	}()
+
+	p := &process{config: config, tag: req.Tag, log: s.memory.newLog(), started: time.Now(), eof: make(chan struct{})}
+	if err := p.openFiles(req, spec); err != nil {
+		p.abandon(spec)
+		return nil, nil, startError(req, dir, err)
+	}
+	group := "user"
+	if req.Pty != nil {
+		group = "ptys"
+	}
+	spec.leaf = s.cgroups.acquire(group)
+	// Subscribed before anything runs: no byte is older than the stream.
+	sub, _, _ := p.log.subscribe(0, requestOf(ctx).breakStream)
+	p.child, err = s.spawner.start(ctx, spec)
+	if err != nil {
+		sub.detach()
+		spec.fds = [3]int{-1, -1, -1} // closed by the spawner
+		p.abandon(spec)
+		s.cgroups.release(spec.leaf)
+		return nil, nil, startError(req, dir, err)
+	}
+	started = true
+	p.pid = uint32(p.child.pid())
+	s.register(p)
+	if deadline, ok := ctx.Deadline(); ok {
+		p.timeout = time.AfterFunc(time.Until(deadline), func() {
+			p.timedOut.Store(true)
+			s.signal(p, syscall.SIGKILL)
+		})
+	}
+	go p.readOutputs()
+	go s.awaitEnd(p)
+	slog.Debug("process started", "logger", "process", "event_type", "process_start", "pid", p.pid, "username", user.name)
+	return p, sub, nil
+}
+
+// startError is the wire error for a process that could not be started.
+func startError(req *pb.StartRequest, dir string, err error) error {
+	var launch *launchError
+	code := connect.CodeInvalidArgument
+	switch {
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return err
+	case errors.Is(err, errLaunchTimeout):
+		code = connect.CodeDeadlineExceeded
+	case isExhausted(err):
+		code = connect.CodeResourceExhausted
+	case errors.As(err, &launch) && launch.stage == "chdir":
+		if launch.errno == syscall.ENOENT {
+			return connect.NewError(code, fmt.Errorf("cwd '%s' does not exist", dir))
+		}
+		err = &os.PathError{Op: "chdir", Path: dir, Err: launch.errno}
+	case launch != nil:
+		code = connect.CodeInternal
+	}
+	command := strings.Join(append([]string{req.GetProcess().GetCmd()}, req.GetProcess().GetArgs()...), " ")
+	if req.Pty != nil {
+		return connect.NewError(code, fmt.Errorf("error starting pty with command '%s' in dir '%s' with '%d' cols and '%d' rows: %w",
+			command, dir, req.Pty.GetSize().GetCols(), req.Pty.GetSize().GetRows(), err))
+	}
+	return connect.NewError(code, fmt.Errorf("error starting process '%s': %w", command, err))
+}
+
+// isExhausted tells a lack of descriptors, memory or processes from other errors.
+func isExhausted(err error) bool {
+	return errors.Is(err, errTooManyLaunches) || errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) ||
+		errors.Is(err, syscall.ENOMEM) || errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.ENOSPC)
+}
+
+// childEnvironment: what each process has, then the global variables, then the request's own; later ones win.
+func (s *processService) childEnvironment(user account, dir string, requested map[string]string) []string {
+	env := map[string]string{"PATH": s.path, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "PWD": dir}
+	maps.Copy(env, s.environment())
+	maps.Copy(env, requested)
+	list := make([]string, 0, len(env))
+	for name, value := range env {
+		list = append(list, name+"="+value)
+	}
+	slices.Sort(list)
+	return list
+}
+
+// openFiles makes the process's side of stdin, stdout and stderr, or its terminal, and the daemon's side of them.
+func (p *process) openFiles(req *pb.StartRequest, spec *spawnSpec) (err error) {
+	if req.Pty != nil {
+		size := req.Pty.GetSize()
+		master, slave, err := openPTY(size.GetCols(), size.GetRows(), int(spec.user.uid))
+		if err != nil {
+			return err
+		}
+		p.pty = master
+		p.stdin = newInputPipe(master)
+		p.outputs = []*outputPipe{{kind: ptyKind, file: master}}
+		spec.terminal = true
+		spec.fds[0] = slave
+		for i := 1; i < 3; i++ {
+			if spec.fds[i], err = unix.FcntlInt(uintptr(slave), unix.F_DUPFD_CLOEXEC, 3); err != nil {
+				return os.NewSyscallError("fcntl", err)
+			}
+		}
+		return nil
+	}
+	if req.Stdin == nil || req.GetStdin() {
+		read, write, err := pipe()
+		if err != nil {
+			return err
+		}
+		spec.fds[0] = read
+		p.stdin = newInputPipe(nonblockingFile(write, "stdin"))
+	} else if spec.fds[0], err = unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+		return &os.PathError{Op: "open", Path: "/dev/null", Err: err}
+	}
+	for i, kind := range []outputKind{stdoutKind, stderrKind} {
+		read, write, err := pipe()
+		if err != nil {
+			return err
+		}
+		spec.fds[1+i] = write
+		p.outputs = append(p.outputs, &outputPipe{kind: kind, file: nonblockingFile(read, "output")})
+	}
+	return nil
+}
+
+// abandon undoes what was prepared for a process that did not come to be.
+func (p *process) abandon(spec *spawnSpec) {
+	for _, fd := range spec.fds {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+	}
+	for _, out := range p.outputs {
+		out.file.Close()
+	}
+	if p.stdin != nil {
+		p.stdin.file.Close()
+	}
+	p.log.finish()
+	p.log.forget()
+}
+
+func (s *processService) register(p *process) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.dropEndedLocked(func(o *process) bool {
+		return o.pid == p.pid || p.tag != nil && o.tag != nil && *o.tag == *p.tag
+	})
+	s.running[p.pid] = p
+}
+
+// dropEndedLocked forgets ended processes; streams that still follow one are served to their end.
+func (s *processService) dropEndedLocked(which func(*process) bool) {
+	s.ended = slices.DeleteFunc(s.ended, func(p *process) bool {
+		if which(p) {
+			p.log.forget()
+			return true
+		}
+		return false
+	})
+}
+
+// readOutputs reads all outputs of the process to their end.
+func (p *process) readOutputs() {
+	var wg sync.WaitGroup
+	for _, out := range p.outputs {
+		wg.Go(func() {
+			out.readInto(p.log)
+			out.file.Close()
+		})
+	}
+	wg.Wait()
+	close(p.eof)
+}
+
+// awaitEnd carries a process from its exit to its `end`.
+func (s *processService) awaitEnd(p *process) {
+	<-p.child.exited
+	if p.timeout != nil {
+		p.timeout.Stop()
+	}
+	targets := make([]int64, len(p.outputs))
+	for i, out := range p.outputs {
+		targets[i] = out.available()
+	}
+	s.mu.Lock()
+	delete(s.running, p.pid)
+	s.count--
+	s.ended = append(s.ended, p)
+	s.dropEndedLocked(func(o *process) bool { return len(s.ended) > s.retainCount && o == s.ended[0] })
+	s.mu.Unlock()
+	if p.stdin != nil && p.pty == nil {
+		p.stdin.file.Close()
+	}
+
+	open := !p.linger(targets, s.endSilence, s.endGrace)
+	p.end = endEvent(p.child)
+	p.end.StartTime, p.end.EndTime = timestamppb.New(p.started), timestamppb.New(p.child.end)
+	p.end.OutputOpen = open
+	p.log.finish()
+	s.cgroups.release(p.child.leaf)
+	slog.Debug("process ended", "logger", "process", "event_type", "process_end", "pid", p.pid, "status", p.end.Status)
+}
+
+// linger waits until the output is complete, as far as anyone can tell: at the end of every pipe; or when what was in them
+// at the exit has been read, and background children that hold them open have been silent for a while, or have talked for
+// too long, or the process was killed. The clocks stand still while the reader waits for a client.
+func (p *process) linger(targets []int64, silence, grace time.Duration) (eof bool) {
+	select {
+	case <-p.eof:
+		return true
+	default:
+	}
+	const step = 5 * time.Millisecond
+	tick := time.NewTicker(step)
+	defer tick.Stop()
+	var quiet, total time.Duration
+	var last int64
+	for {
+		select {
+		case <-p.eof:
+			return true
+		case <-tick.C:
+		}
+		if p.log.held() {
+			continue
+		}
+		complete, sum := true, int64(0)
+		for i, out := range p.outputs {
+			n := out.logged.Load()
+			complete = complete && n >= targets[i]
+			sum += n
+		}
+		quiet += step
+		total += step
+		if sum != last {
+			quiet, last = 0, sum
+		}
+		if complete && (p.signaled.Load() || quiet >= silence || total >= grace) {
+			return false
+		}
+	}
+}
+
+// endEvent tells how a process ended, in the words of Go's os.ProcessState.
+func endEvent(c *child) *pb.ProcessEvent_EndEvent {
+	end := &pb.ProcessEvent_EndEvent{ExitCode: -1}
+	if c.status.Exited() {
+		end.ExitCode, end.Exited = int32(c.status.ExitStatus()), true
+		end.Status = "exit status " + strconv.Itoa(c.status.ExitStatus())
+	} else {
+		end.Signal = int32(c.status.Signal())
+		end.Status = "signal: " + c.status.Signal().String()
+		if c.status.CoreDump() {
+			end.Status += " (core dumped)"
+		}
+	}
+	if end.ExitCode != 0 {
+		end.Error = proto.String(end.Status)
+	}
+	end.CpuUserUs, end.CpuSystemUs = uint64(c.usage.Utime.Nano()/1000), uint64(c.usage.Stime.Nano()/1000)
+	if c.leaf != nil {
+		end.OomKilled, end.MaxRssBytes = c.leaf.oomKilled(), c.leaf.peakMemory()
+	}
+	var own syscall.Rusage
+	if end.MaxRssBytes == 0 && syscall.Getrusage(syscall.RUSAGE_SELF, &own) == nil && c.usage.Maxrss > own.Maxrss {
+		// A vforked child starts with the daemon's own peak: below it the figure says nothing. Unit: KiB, getrusage(2).
+		end.MaxRssBytes = uint64(c.usage.Maxrss) << 10
+	}
+	return end
+}
+
+// find gives the process that a client selected: a running one, or also an ended one.
+func (s *processService) find(selector *pb.ProcessSelector, alsoEnded bool) (*process, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var matches func(p *process) bool
+	var name string
+	switch sel := selector.GetSelector().(type) {
+	case *pb.ProcessSelector_Pid:
+		matches = func(p *process) bool { return p.pid == sel.Pid }
+		name = fmt.Sprintf("pid %d", sel.Pid)
+	case *pb.ProcessSelector_Tag:
+		matches = func(p *process) bool { return p.tag != nil && *p.tag == sel.Tag }
+		name = "tag " + sel.Tag
+	default:
+		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("invalid input type *process.ProcessSelector"))
+	}
+	var found *process
+	for _, p := range s.running {
+		if matches(p) && (found == nil || p.started.Before(found.started)) {
+			found = p
+		}
+	}
+	if found == nil && alsoEnded {
+		for _, p := range s.ended {
+			if matches(p) {
+				found = p
+			}
+		}
+	}
+	if found == nil {
+		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("process with %s not found", name))
+	}
+	return found, nil
+}
+
+func (s *processService) Update(ctx context.Context, req *connect.Request[pb.UpdateRequest]) (*connect.Response[pb.UpdateResponse], error) {
+	p, err := s.find(req.Msg.GetProcess(), false)
+	if err != nil {
+		return nil, err
+	}
+	if size := req.Msg.GetPty().GetSize(); size != nil {
+		if p.pty == nil {
+			return nil, connect.NewError(connect.CodeInternal, errors.New("error resizing tty: tty not assigned to process"))
+		}
+		if err := resizePTY(p.pty, size.GetCols(), size.GetRows()); err != nil {
+			return nil, connect.NewError(connect.CodeInternal, fmt.Errorf("error resizing tty: %w", err))
+		}
+	}
+	return connect.NewResponse(&pb.UpdateResponse{}), nil
+}
+
+func (s *processService) SendInput(ctx context.Context, req *connect.Request[pb.SendInputRequest]) (*connect.Response[pb.SendInputResponse], error) {
+	p, err := s.find(req.Msg.GetProcess(), false)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.input(ctx, req.Msg.GetInput()); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&pb.SendInputResponse{}), nil
+}
+
+func (s *processService) StreamInput(ctx context.Context, stream *connect.ClientStream[pb.StreamInputRequest]) (*connect.Response[pb.StreamInputResponse], error) {
+	var p *process
+	for stream.Receive() {
+		var err error
+		switch event := stream.Msg().GetEvent().(type) {
+		case *pb.StreamInputRequest_Start:
+			p, err = s.find(event.Start.GetProcess(), false)
+		case *pb.StreamInputRequest_Data:
+			if p == nil {
+				return nil, connect.NewError(connect.CodeFailedPrecondition, errors.New("no start event received"))
+			}
+			err = p.input(ctx, event.Data.GetInput())
+		case *pb.StreamInputRequest_Keepalive:
+		default:
+			err = connect.NewError(connect.CodeInvalidArgument, errors.New("invalid event type <nil>"))
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	if err := stream.Err(); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&pb.StreamInputResponse{}), nil
+}
+
+// input writes what a client sent to the stdin or the terminal of the process.
+func (p *process) input(ctx context.Context, input *pb.ProcessInput) error {
+	fail := func(to, format string, args ...any) error {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return connect.NewError(connect.CodeInternal, fmt.Errorf("error writing to "+to+": "+format, args...))
+	}
+	switch in := input.GetInput().(type) {
+	case *pb.ProcessInput_Stdin:
+		if p.pty != nil {
+			return fail("stdin", "tty assigned to process %d, which takes its input as pty", p.pid)
+		}
+		if p.stdin == nil {
+			return fail("stdin", "stdin not enabled or closed")
+		}
+		if err := p.stdin.write(ctx, in.Stdin); errors.Is(err, os.ErrClosed) {
+			return fail("stdin", "stdin not enabled or closed")
+		} else if err != nil {
+			return fail("stdin", "error writing to stdin of process '%d': %w", p.pid, err)
+		}
+	case *pb.ProcessInput_Pty:
+		if p.pty == nil {
+			return fail("tty", "tty not assigned to process %d, which takes its input as stdin", p.pid)
+		}
+		if err := p.stdin.write(ctx, in.Pty); err != nil {
+			return fail("tty", "error writing to tty of process '%d': %w", p.pid, err)
+		}
+	default:
+		return connect.NewError(connect.CodeInvalidArgument, errors.New("invalid input type <nil>"))
+	}
+	return nil
+}
+
+func (s *processService) CloseStdin(ctx context.Context, req *connect.Request[pb.CloseStdinRequest]) (*connect.Response[pb.CloseStdinResponse], error) {
+	p, err := s.find(req.Msg.GetProcess(), false)
+	if err != nil {
+		return nil, err
+	}
+	if p.pty != nil {
+		return nil, connect.NewError(connect.CodeFailedPrecondition,
+			errors.New("error closing stdin: cannot close stdin for PTY process — send Ctrl+D (0x04) instead"))
+	}
+	if p.stdin != nil {
+		if err := p.stdin.close(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return connect.NewResponse(&pb.CloseStdinResponse{}), nil
+}
+
+func (s *processService) SendSignal(ctx context.Context, req *connect.Request[pb.SendSignalRequest]) (*connect.Response[pb.SendSignalResponse], error) {
+	p, err := s.find(req.Msg.GetProcess(), true)
+	if err != nil {
+		return nil, err
+	}
+	switch req.Msg.GetSignal() {
+	case pb.Signal_SIGNAL_SIGKILL, pb.Signal_SIGNAL_SIGTERM:
+	default:
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("invalid signal: %s", req.Msg.GetSignal()))
+	}
+	if err := s.signal(p, syscall.Signal(req.Msg.GetSignal())); err != nil {
+		select {
+		case <-p.child.exited: // nothing is left of its tree: for clients it is gone
+			_, err = s.find(req.Msg.GetProcess(), false)
+			return nil, err
+		default:
+		}
+		return nil, connect.NewError(connect.CodeInternal, fmt.Errorf("error sending signal: %w", err))
+	}
+	return connect.NewResponse(&pb.SendSignalResponse{}), nil
+}
+
+func (s *processService) signal(p *process, sig syscall.Signal) error {
+	p.signaled.Store(true)
+	return s.spawner.signal(p.child, sig)
+}
+
+// runAtStart runs the operator's --cmd. It has no client; a failure is logged.
+func (s *processService) runAtStart(command string) {
+	shell := []string{"/bin/bash", "-l", "-c"}
+	if _, err := os.Stat(shell[0]); err != nil {
+		shell = []string{"/bin/sh", "-c"}
+	}
+	config := &pb.ProcessConfig{Cmd: shell[0], Args: append(shell[1:], command)}
+	defaultUser, workdir := s.defaults()
+	if user, err := s.users.lookup(defaultUser); workdir == "" && err == nil {
+		if info, err := os.Stat(filepath.Join("/", user.home)); err != nil || !info.IsDir() {
+			config.Cwd = proto.String("/")
+		}
+	}
+	_, sub, err := s.start(context.Background(), &pb.StartRequest{Process: config, Tag: proto.String("startCmd"), Stdin: proto.Bool(false)})
+	if err != nil {
+		slog.Error("the command given by --cmd was not started", "logger", "process", "error", err)
+		return
+	}
+	sub.detach()
+}

@@ -1,0 +1,49 @@
+// What the HTTP surface tells the services about a request, beside the request itself.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+type request struct {
+	user    string // from Basic authentication; identification only
+	hasUser bool
+	// breakStream makes the write that hangs on this request's connection fail, and every later one. Nothing else frees a
+	// handler whose client has stopped reading.
+	breakStream func()
+}
+
+type requestKey struct{}
+
+func withRequest(ctx context.Context, r *request) context.Context {
+	return context.WithValue(ctx, requestKey{}, r)
+}
+
+func requestOf(ctx context.Context) *request {
+	if r, ok := ctx.Value(requestKey{}).(*request); ok {
+		return r
+	}
+	return &request{breakStream: func() {}}
+}
+
+// actingUser is the account that a request acts as: the one it names, else the default one.
+func actingUser(ctx context.Context, users *userDB, defaultUser string) (account, error) {
+	if r := requestOf(ctx); r.hasUser {
+		a, err := users.lookup(r.user)
+		if err != nil {
+			return a, fmt.Errorf("invalid username: '%s'", r.user)
+		}
+		return a, nil
+	}
+	if defaultUser == "" {
+		return account{}, errors.New("no user specified")
+	}
+	a, err := users.lookup(defaultUser)
+	if err != nil {
+		return a, fmt.Errorf("invalid default user: '%s'", defaultUser)
+	}
+	return a, nil
+}

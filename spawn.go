@@ -1,0 +1,483 @@
+// Starting, waiting for and killing processes: the only place that forks.
+//
+// A fork must not be able to stop the daemon. syscall.ForkExec is a vfork: until the child has exec'ed, the calling
+// thread keeps its P, so that the next garbage collection, and with it every request, waits for a program on a hung FUSE
+// mount, for a lease break, or for a child that somebody stopped. Here the same vfork (no page tables are copied, so
+// it is as fast) is made as a system call that blocks: the runtime takes the P away (entersyscall). The child shares the
+// daemon's memory until it execs, so it must not run Go code: vfork_$GOARCH.s makes the system calls of a list prepared
+// beforehand, in registers alone, and notes each result where the daemon finds it. What hangs costs one thread;
+// launchesInFlight bounds them.
+//
+// What the shared memory does not lend: a child that has changed its uid cannot be traced by that uid before exec, since
+// changing credentials makes the memory undumpable (ptrace(2), "ptrace access mode checking"; fs.suid_dumpable must be 0
+// or 2, as it is by default).
+//
+// Kernel: 4.14 for all but cgroup leaves (clone3 with CLONE_INTO_CGROUP, 5.7; cgroup.kill, 5.14).
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// step is one system call of a child between vfork and exec. Its layout is read by vfork_$GOARCH.s.
+type step struct {
+	nr     uintptr
+	arg    [4]uintptr
+	mode   uintptr
+	result uintptr
+}
+
+// Modes of a step; without any, a failure ends the child.
+const (
+	mayFailBit = iota
+	searchesBit
+	onLastResultBit
+
+	mayFail      = 1 << mayFailBit
+	searches     = 1 << searchesBit     // an exec: after ENOENT, EACCES and ENOTDIR the next step is tried
+	onLastResult = 1 << onLastResultBit // the first argument is the result of the step before
+)
+
+const (
+	noMoreSteps = ^uintptr(0)
+	notReached  = 1 << 32 // a result that no step has
+
+	launchesInFlight = 256
+	childNofile      = 1024 // soft limit of open files that programs expect; the Go runtime has raised the daemon's own
+)
+
+// steps lists system calls and keeps alive what they point to.
+type steps struct {
+	list []step
+	keep []any
+}
+
+func (s *steps) add(mode, nr uintptr, args ...uintptr) {
+	st := step{nr: nr, mode: mode, result: notReached}
+	copy(st.arg[:], args)
+	s.list = append(s.list, st)
+}
+
+// Pointers are handed to the child as numbers, so what they point to must be on the heap, where nothing moves.
+func (s *steps) str(text string) uintptr {
+	b := append([]byte(text), 0)
+	s.keep = append(s.keep, b)
+	return uintptr(unsafe.Pointer(&b[0]))
+}
+
+func (s *steps) strs(texts []string) uintptr {
+	pointers := make([]uintptr, len(texts)+1)
+	for i, text := range texts {
+		pointers[i] = s.str(text)
+	}
+	s.keep = append(s.keep, pointers)
+	return uintptr(unsafe.Pointer(&pointers[0]))
+}
+
+// Constants of the child's first steps. Package variables never move.
+var (
+	everySignal  = ^uint64(0)
+	noSignal     uint64
+	defaultHow   [4]uintptr // struct sigaction: SIG_DFL, no flags, empty mask
+	nofile       = [2]uint64{childNofile, childNofile}
+	oomScore     = []byte("100")
+	oomScorePath = []byte("/proc/self/oom_score_adj\x00")
+	ownCgroup    = []byte("0")
+)
+
+// spawnSpec says what to start.
+type spawnSpec struct {
+	argv, env []string // argv[0] is searched in the PATH of env when it has no slash
+	dir       string
+	user      account
+	fds       [3]int      // become 0 to 2; closed by start
+	terminal  bool        // fds[0] becomes the controlling terminal
+	leaf      *cgroupLeaf // nil: stays in the daemon's cgroup
+}
+
+// child is a started process.
+type child struct {
+	leaf   *cgroupLeaf
+	exited chan struct{} // closed when it has been reaped; status and usage are valid then
+	status syscall.WaitStatus
+	usage  syscall.Rusage
+	end    time.Time
+
+	pidSlot int32 // written by the kernel as the child is made, before it runs
+	reaped  bool  // protected by spawner.mu
+}
+
+// launch is a start in progress.
+type launch struct {
+	spec *spawnSpec
+	// Protected by spawner.mu:
+	current *child // the one between clone and the return of vfork
+	doomed  bool   // nobody waits for it any more
+}
+
+func (c *child) pid() int { return int(atomic.LoadInt32(&c.pidSlot)) }
+
+// launchError is a failure before the exec, at the named stage.
+type launchError struct {
+	stage string
+	errno syscall.Errno
+}
+
+func (e *launchError) Error() string { return e.stage + ": " + e.errno.Error() }
+func (e *launchError) Unwrap() error { return e.errno }
+
+var (
+	errTooManyLaunches = errors.New("too many processes are being started and hang in the kernel")
+	errLaunchTimeout   = errors.New("the command was not executed in time")
+	errOtherUser       = errors.New("envd does not run as root and can start processes only for its own user")
+)
+
+type spawner struct {
+	launchTimeout time.Duration
+	inFlight      chan struct{}
+
+	mu       sync.Mutex // protects what follows and every child's reaped: registration, delivery and kill exclude each other
+	children map[int]*child
+	launches map[*launch]struct{}
+}
+
+func newSpawner(launchTimeout time.Duration) *spawner {
+	return &spawner{launchTimeout: launchTimeout, inFlight: make(chan struct{}, launchesInFlight),
+		children: map[int]*child{}, launches: map[*launch]struct{}{}}
+}
+
+// run reaps until stop is closed.
+func (s *spawner) run(stop <-chan struct{}) {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGCHLD)
+	defer signal.Stop(signals)
+	for {
+		s.reap()
+		select {
+		case <-signals:
+		case <-stop:
+			return
+		}
+	}
+}
+
+// reap delivers every status there is. Pids that nobody registered are orphans that init inherits: reaped and forgotten.
+func (s *spawner) reap() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for {
+		var status syscall.WaitStatus
+		var usage syscall.Rusage
+		pid, err := syscall.Wait4(-1, &status, syscall.WNOHANG, &usage)
+		if err == syscall.EINTR {
+			continue
+		}
+		if err != nil || pid <= 0 {
+			return
+		}
+		c := s.children[pid]
+		if c == nil {
+			for l := range s.launches {
+				if l.current != nil && l.current.pid() == pid {
+					c = l.current
+				}
+			}
+		}
+		if c == nil {
+			continue
+		}
+		delete(s.children, pid)
+		c.status, c.usage, c.end, c.reaped = status, usage, time.Now(), true
+		close(c.exited)
+	}
+}
+
+// start returns when the command is being executed, or has turned out not to be executable: then its reason stands on
+// its stderr, and it has exited with 126 or 127, as a shell would have it. A launch that hangs is given up, and its child
+// killed, when ctx ends or after launchTimeout.
+func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
+	closeFds := func() {
+		for _, fd := range spec.fds {
+			syscall.Close(fd)
+		}
+	}
+	select {
+	case s.inFlight <- struct{}{}:
+	default:
+		closeFds()
+		return nil, errTooManyLaunches
+	}
+	type result struct {
+		c   *child
+		err error
+	}
+	l, launched := &launch{spec: spec}, make(chan result, 1)
+	go func() {
+		c, err := s.launch(l)
+		closeFds()
+		<-s.inFlight
+		launched <- result{c, err}
+	}()
+	timer := time.NewTimer(s.launchTimeout)
+	defer timer.Stop()
+	var err error
+	select {
+	case r := <-launched:
+		return r.c, r.err
+	case <-ctx.Done():
+		err = ctx.Err()
+	case <-timer.C:
+		err = errLaunchTimeout
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l.doomed = true
+	if l.current != nil {
+		s.signalLocked(l.current, l.current.pid(), syscall.SIGKILL)
+	}
+	return nil, err
+}
+
+func (s *spawner) launch(l *launch) (*child, error) {
+	paths, argv := candidates(l.spec.argv[0], l.spec.env), l.spec.argv
+	c, failed, err := s.attempt(l, paths, argv)
+	if err == nil && failed.errno == syscall.ENOEXEC && isText(l.spec.dir, failed.path) {
+		c, failed, err = s.attempt(l, []string{"/bin/sh"}, append([]string{"/bin/sh", failed.path}, argv[1:]...))
+	}
+	if err == nil && failed.errno != 0 {
+		<-c.exited
+		code, reason := 126, failed.errno.Error()
+		if failed.errno == syscall.ENOENT || failed.errno == syscall.ENOTDIR {
+			code, reason = 127, "command not found"
+		}
+		c.status = syscall.WaitStatus(code << 8)
+		syscall.Write(l.spec.fds[2], []byte(l.spec.argv[0]+": "+reason+"\n")) // into an empty pipe: cannot block
+	}
+	return c, err
+}
+
+// failedExec says why no candidate could be executed; errno 0: one was.
+type failedExec struct {
+	path  string
+	errno syscall.Errno
+}
+
+// attempt forks once.
+func (s *spawner) attempt(l *launch, paths, argv []string) (*child, failedExec, error) {
+	list := childSteps(l.spec, paths, argv)
+	c := &child{leaf: l.spec.leaf, exited: make(chan struct{})}
+	s.mu.Lock()
+	if l.doomed {
+		s.mu.Unlock()
+		return nil, failedExec{}, context.Canceled
+	}
+	l.current = c
+	s.launches[l] = struct{}{}
+	s.mu.Unlock()
+
+	pid, errno := runSteps(list, l.spec.leaf, &c.pidSlot)
+
+	s.mu.Lock()
+	delete(s.launches, l)
+	if errno == 0 && !c.reaped {
+		s.children[pid] = c
+		if l.doomed {
+			s.signalLocked(c, pid, syscall.SIGKILL)
+		}
+	}
+	s.mu.Unlock()
+	if errno != 0 {
+		return nil, failedExec{}, &launchError{"fork", errno}
+	}
+	failed, err := list.outcome(paths)
+	return c, failed, err
+}
+
+// outcome reads what the child noted of its steps.
+func (s *steps) outcome(paths []string) (failed failedExec, err error) {
+	for _, st := range s.list {
+		if st.result == notReached {
+			return failedExec{}, nil // the exec that succeeded, or a child that was killed on the way
+		}
+		if st.result <= ^uintptr(4095) || st.mode&mayFail != 0 {
+			continue
+		}
+		errno := syscall.Errno(-st.result)
+		switch {
+		case st.nr == unix.SYS_CHDIR:
+			return failedExec{}, &launchError{"chdir", errno}
+		case st.nr != unix.SYS_EXECVE:
+			return failedExec{}, &launchError{"setting up the process", errno}
+		case !goesOn(errno):
+			return failedExec{paths[0], errno}, nil
+		case failed.errno != syscall.EACCES: // what exists but may not be run is the better reason
+			failed = failedExec{paths[0], errno}
+		}
+		paths = paths[1:]
+	}
+	return failed, nil
+}
+
+// goesOn tells whether the search in PATH goes on after a failed exec; vforkSteps has the same list.
+func goesOn(errno syscall.Errno) bool {
+	return errno == syscall.ENOENT || errno == syscall.EACCES || errno == syscall.ENOTDIR
+}
+
+// isText tells a script from a binary as shells do: no NUL where its first line would be.
+func isText(dir, path string) bool {
+	if !filepath.IsAbs(path) {
+		path = filepath.Join(dir, path)
+	}
+	fd, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return true // readable by its user only: let the shell find out
+	}
+	defer syscall.Close(fd)
+	head := make([]byte, 256)
+	n, err := syscall.Read(fd, head)
+	return err == nil && n > 0 && bytes.IndexByte(head[:n], 0) < 0
+}
+
+// childSteps lists what a child does between vfork and exec.
+func childSteps(spec *spawnSpec, paths, argv []string) *steps {
+	s := &steps{list: make([]step, 0, 96), keep: []any{spec}}
+	ptr := func(p unsafe.Pointer) uintptr { return uintptr(p) }
+	// Default dispositions first: until then no signal may be delivered, since the handlers are the daemon's. Ignored ones too:
+	// exec keeps them, and the daemon may run under nohup.
+	for sig := uintptr(1); sig <= 64; sig++ {
+		if sig != uintptr(syscall.SIGKILL) && sig != uintptr(syscall.SIGSTOP) {
+			s.add(mayFail, unix.SYS_RT_SIGACTION, sig, ptr(unsafe.Pointer(&defaultHow)), 0, 8)
+		}
+	}
+	if spec.leaf != nil && !spec.leaf.cloneInto {
+		s.add(mayFail, unix.SYS_WRITE, uintptr(spec.leaf.procs), ptr(unsafe.Pointer(&ownCgroup[0])), 1)
+	}
+	s.add(0, unix.SYS_SETSID)
+	for fd, f := range spec.fds {
+		s.add(0, unix.SYS_DUP3, uintptr(f), uintptr(fd), 0)
+	}
+	if spec.terminal {
+		s.add(0, unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 0)
+	}
+	s.add(mayFail, unix.SYS_OPENAT, ^uintptr(99), ptr(unsafe.Pointer(&oomScorePath[0])), unix.O_WRONLY|unix.O_CLOEXEC)
+	s.add(mayFail|onLastResult, unix.SYS_WRITE, 0, ptr(unsafe.Pointer(&oomScore[0])), uintptr(len(oomScore)))
+	s.add(mayFail, unix.SYS_SETPRIORITY, unix.PRIO_PROCESS, 0, 0)
+	s.add(mayFail, unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE, ptr(unsafe.Pointer(&nofile)), 0)
+	if os.Geteuid() == 0 {
+		groups := spec.user.groups // never empty: the primary group is among them, and the spec keeps them alive
+		s.add(0, unix.SYS_SETGROUPS, uintptr(len(groups)), ptr(unsafe.Pointer(&groups[0])))
+		s.add(0, unix.SYS_SETRESGID, uintptr(spec.user.gid), uintptr(spec.user.gid), uintptr(spec.user.gid))
+		s.add(0, unix.SYS_SETRESUID, uintptr(spec.user.uid), uintptr(spec.user.uid), uintptr(spec.user.uid))
+	}
+	s.add(0, unix.SYS_CHDIR, s.str(spec.dir))
+	s.add(mayFail, unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, ptr(unsafe.Pointer(&noSignal)), 0, 8)
+	argvPtr, envPtr := s.strs(argv), s.strs(spec.env)
+	for _, path := range paths {
+		s.add(searches, unix.SYS_EXECVE, s.str(path), argvPtr, envPtr)
+	}
+	s.list = append(s.list, step{nr: noMoreSteps})
+	return s
+}
+
+// candidates are the paths to try for a command, relative to the child's directory (execvp(3)).
+func candidates(cmd string, env []string) (paths []string) {
+	if cmd == "" || strings.Contains(cmd, "/") {
+		return []string{cmd}
+	}
+	for _, variable := range env {
+		list, ok := strings.CutPrefix(variable, "PATH=")
+		if !ok {
+			continue
+		}
+		for dir := range strings.SplitSeq(list, ":") {
+			if dir == "" {
+				dir = "."
+			}
+			paths = append(paths, dir+"/"+cmd)
+		}
+	}
+	return paths
+}
+
+// runSteps forks a child that runs the steps and returns when it has exec'ed or exited.
+func runSteps(s *steps, leaf *cgroupLeaf, pidSlot *int32) (pid int, errno syscall.Errno) {
+	const flags = unix.CLONE_VM | unix.CLONE_VFORK | unix.CLONE_PARENT_SETTID
+	nr, a0, a1, a2 := uintptr(unix.SYS_CLONE), uintptr(flags|unix.SIGCHLD), uintptr(0), uintptr(unsafe.Pointer(pidSlot))
+	args := &cloneArgs{flags: flags | unix.CLONE_INTO_CGROUP, parentTID: uint64(a2), exitSignal: uint64(unix.SIGCHLD)}
+	if leaf != nil && leaf.cloneInto {
+		args.cgroup = uint64(leaf.dir)
+		nr, a0, a1 = unix.SYS_CLONE3, uintptr(unsafe.Pointer(args)), unsafe.Sizeof(*args)
+	}
+	r := vfork(nr, a0, a1, a2, &s.list[0])
+	runtime.KeepAlive(s)
+	runtime.KeepAlive(args)
+	runtime.KeepAlive(pidSlot)
+	if r > ^uintptr(4095) {
+		return 0, syscall.Errno(-r)
+	}
+	return int(r), 0
+}
+
+// vfork blocks all signals around the clone, since a handler that ran in the child would run in the daemon's memory. The
+// mask is put back before exitsyscall, after which the goroutine may be on another thread.
+//
+//go:nosplit
+//go:norace
+func vfork(nr, a0, a1, a2 uintptr, first *step) (r uintptr) {
+	var mask uint64
+	entersyscall()
+	syscall.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&everySignal)),
+		uintptr(unsafe.Pointer(&mask)), 8, 0, 0)
+	r = vforkSteps(nr, a0, a1, a2, 0, 0, first)
+	syscall.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&mask)), 0, 8, 0, 0)
+	exitsyscall()
+	return r
+}
+
+//go:noescape
+func vforkSteps(nr, a0, a1, a2, a3, a4 uintptr, first *step) (r uintptr)
+
+// The two ends of a blocking system call, as the runtime gives them to package syscall and, for good, to gVisor
+// (go.dev/issue/67401).
+//
+//go:linkname entersyscall runtime.entersyscall
+func entersyscall()
+
+//go:linkname exitsyscall runtime.exitsyscall
+func exitsyscall()
+
+// signal reaches the whole tree: all of the leaf, or else the process group of a child that has not been reaped.
+func (s *spawner) signal(c *child, sig syscall.Signal) error {
+	if c.leaf != nil && !c.leaf.empty() {
+		if sig == syscall.SIGKILL {
+			return c.leaf.kill()
+		}
+		return c.leaf.signal(sig)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.signalLocked(c, -c.pid(), sig)
+}
+
+// signalLocked signals a child, or its process group, unless the pid is free again.
+func (s *spawner) signalLocked(c *child, pid int, sig syscall.Signal) error {
+	if c.reaped || pid == 0 {
+		return os.ErrProcessDone
+	}
+	return syscall.Kill(pid, sig)
+}
