@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -181,7 +182,12 @@ func run(c *config) int {
 	writeRunDir(c)
 	cgroups := openCgroupRoot(c)
 	defer cgroups.close()
-	spawner := newSpawner(c.startTimeout)
+	poller, err := newPoller()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "envd:", err)
+		return 1
+	}
+	spawner := newSpawner(c.startTimeout, poller)
 	stopping := make(chan struct{})
 	memory := newOutputMemory(c.outputBuffer, c.outputMemory, c.outputEnded, c.resumeGrace)
 	if memory.liveLimit == 0 {
@@ -191,18 +197,21 @@ func run(c *config) int {
 	if c.process.path = os.Getenv("PATH"); c.process.path == "" {
 		c.process.path = standardPath
 	}
-	processes := newProcessService(c.process, users, spawner, cgroups, memory)
+	processes := newProcessService(c.process, users, spawner, cgroups, poller, memory)
 
 	c.server.version = version
 	c.server.allowedOrigins = strings.Split(c.allowOrigin, ",")
 	srv := newServer(c.server, token, settings, users)
 	initer := &initService{version: version, token: token, settings: settings}
 	srv.handle(route{"POST", "/init", true, initer.serve})
-	srv.service(pb.NewProcessHandler(processes, connect.WithRecover(recovered)))
+	srv.service(pb.NewProcessHandler(processes, rpcOptions...))
 	httpServer := srv.httpServer()
 
 	stopMachinery, machinery := make(chan struct{}), make(chan struct{}, 2)
-	go func() { spawner.run(stopMachinery); machinery <- struct{}{} }()
+	go func() { poller.run(); machinery <- struct{}{} }()
+	if os.Getpid() == 1 {
+		go spawner.reapOrphans(stopMachinery)
+	}
 	go func() { tickSeconds(processes.tick, stopMachinery); machinery <- struct{}{} }()
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
@@ -228,10 +237,15 @@ func run(c *config) int {
 		httpServer.Close()
 	}
 	close(stopMachinery)
+	poller.close()
 	<-machinery
 	<-machinery
 	return code
 }
+
+// rpcOptions are common to both services. Compressed requests are taken, but nothing is worth compressing on the way from a
+// guest to its host: it would cost ten times what the transfer costs.
+var rpcOptions = []connect.HandlerOption{connect.WithRecover(recovered), connect.WithCompressMinBytes(math.MaxInt)}
 
 // recovered answers for a handler that panicked: an error of that request only.
 func recovered(_ context.Context, spec connect.Spec, _ http.Header, reason any) error {

@@ -1,6 +1,6 @@
 // The output log of a process: what it wrote, in arrival order, under absolute byte offsets.
 //
-// Rules. With a subscriber attached nothing is dropped: the pipe's reader waits while the slowest one is outputPending
+// Rules. With a subscriber attached nothing is dropped: nobody reads the pipe while the slowest one is outputPending
 // behind, so that the pipe fills and the child blocks. With nobody attached the oldest bytes go and are counted, so that
 // an unattended process runs on; only for a short grace after its last subscriber left does it wait, because a client
 // that lost its connection comes back for the bytes that were on their way to it. For the same reason bytes that were
@@ -63,8 +63,7 @@ type outputLog struct {
 	sent       int64 // offset behind the last byte that any client was sent
 	subs       []*subscriber
 	graceUntil time.Time
-	space      sync.Cond // a reader waits for room
-	waiting    int       // readers in that wait
+	waiting    []func() // what makes the readers that wait for room read on
 	finished   bool
 	forgotten  bool
 }
@@ -87,22 +86,22 @@ func newOutputMemory(perLog, liveLimit, endedLimit int64, grace time.Duration) *
 
 func (m *outputMemory) newLog() *outputLog {
 	l := &outputLog{m: m}
-	l.space.L = &m.mu
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.liveLogs[l] = struct{}{}
 	return l
 }
 
-// waitForRoom returns when the next piece may be read.
-func (l *outputLog) waitForRoom() {
+// room tells whether the next piece may be read. If not, it calls hold, and resume once it may.
+func (l *outputLog) room(hold, resume func()) bool {
 	l.m.mu.Lock()
 	defer l.m.mu.Unlock()
-	for l.fullLocked() {
-		l.waiting++
-		l.space.Wait()
-		l.waiting--
+	if !l.fullLocked() {
+		return true
 	}
+	hold()
+	l.waiting = append(l.waiting, resume)
+	return false
 }
 
 func (l *outputLog) fullLocked() bool {
@@ -117,7 +116,7 @@ func (l *outputLog) fullLocked() bool {
 func (l *outputLog) held() bool {
 	l.m.mu.Lock()
 	defer l.m.mu.Unlock()
-	return l.waiting > 0
+	return len(l.waiting) > 0
 }
 
 func (l *outputLog) attendedLocked() bool {
@@ -308,14 +307,22 @@ func (l *outputLog) freeLocked() {
 	l.m.endedLogs = slices.DeleteFunc(l.m.endedLogs, func(o *outputLog) bool { return o == l })
 }
 
-// roomLocked lets readers look again: this log's, or all when the shared budget was what they waited for.
+// roomLocked lets readers go on where there is room: this log's, and others that waited for the shared budget.
 func (l *outputLog) roomLocked() {
-	l.space.Broadcast()
+	l.resumeLocked()
 	for o := range l.m.liveLogs {
-		if o.waiting > 0 && o != l {
-			o.space.Broadcast()
-		}
+		o.resumeLocked()
 	}
+}
+
+func (l *outputLog) resumeLocked() {
+	if len(l.waiting) == 0 || l.fullLocked() {
+		return
+	}
+	for _, resume := range l.waiting {
+		resume()
+	}
+	l.waiting = nil
 }
 
 func (s *subscriber) wakeLocked() {
@@ -405,7 +412,7 @@ func (m *outputMemory) cutStalled(now time.Time, alone, shared time.Duration) {
 			switch stalled := now.Sub(s.progress); {
 			case s.pos == l.end:
 				s.progress = now
-			case stalled > alone, stalled > shared && l.waiting > 0 && slices.ContainsFunc(l.subs, waits):
+			case stalled > alone, stalled > shared && len(l.waiting) > 0 && slices.ContainsFunc(l.subs, waits):
 				s.cutLocked()
 			}
 		}

@@ -15,7 +15,7 @@ import (
 // bigPipe is the size, in bytes, that the pipe of a process gets once it writes a lot (pipe(7), F_SETPIPE_SZ).
 const bigPipe = 1 << 20
 
-// pipe gives two blocking, close-on-exec descriptors.
+// pipe gives two close-on-exec descriptors that block.
 func pipe() (read, write int, err error) {
 	var fds [2]int
 	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
@@ -24,89 +24,100 @@ func pipe() (read, write int, err error) {
 	return fds[0], fds[1], nil
 }
 
-// nonblockingFile hands a descriptor to the runtime's poller.
-func nonblockingFile(fd int, name string) *os.File {
-	unix.SetNonblock(fd, true)
-	return os.NewFile(uintptr(fd), name)
-}
-
-// outputPipe is where one of a process's output streams is read.
+// outputPipe is one of a process's output streams. Only the poller's goroutine reads it.
 type outputPipe struct {
 	kind   outputKind
-	file   *os.File
-	logged atomic.Int64 // bytes that are in the log
+	log    *outputLog
+	poller *poller
+	watch  watch
+	atEnd  func()
 
-	mu   sync.Mutex // makes a read and its count one step
-	read int64      // bytes read
+	logged atomic.Int64 // bytes
+	held   atomic.Bool  // until there is room in the log
+	grown  bool         // the pipe is a big one
+	eof    bool
 }
 
-// available counts what was read and what could be read now.
-func (o *outputPipe) available() (n int64) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	onDescriptor(o.file, func(fd int) error {
-		readable, err := unix.IoctlGetInt(fd, unix.TIOCINQ) // FIONREAD
-		n = int64(max(readable, 0))
-		return err
-	})
-	return n + o.read
+// newOutputPipe starts to read.
+func newOutputPipe(kind outputKind, fd int, log *outputLog, p *poller, atEnd func()) (*outputPipe, error) {
+	o := &outputPipe{kind: kind, log: log, poller: p, watch: watch{fd: fd}, atEnd: atEnd}
+	o.watch.ready = func() { o.read() }
+	return o, p.add(&o.watch)
+}
+
+// readable counts the bytes that could be read now.
+func (o *outputPipe) readable() int64 {
+	if o.eof {
+		return 0
+	}
+	n, _ := unix.IoctlGetInt(o.watch.fd, unix.TIOCINQ) // FIONREAD; 0 with an error
+	return int64(n)
+}
+
+// drain reads what is there when the process has exited, and the end if that comes next.
+func (o *outputPipe) drain() (target int64) {
+	target = o.logged.Load() + o.readable()
+	for o.logged.Load() < target && o.read() {
+	}
+	o.read()
+	return target
 }
 
 var readBuffers = sync.Pool{New: func() any { return new([outputChunk]byte) }}
 
-// readInto fills the log until the end of the stream. Between reads an idle process holds no buffer.
-func (o *outputPipe) readInto(log *outputLog) {
-	conn, err := o.file.SyscallConn()
-	if err != nil {
-		return
+// read moves one piece into the log. It tells whether there may be more at once.
+func (o *outputPipe) read() (more bool) {
+	if o.eof || o.held.Load() || !o.log.room(o.hold, o.resume) {
+		return false
 	}
-	grown := o.kind == ptyKind
-	for {
-		log.waitForRoom()
-		var n int
-		var buf *[outputChunk]byte
-		waitErr := conn.Read(func(fd uintptr) bool {
-			buf = readBuffers.Get().(*[outputChunk]byte)
-			o.mu.Lock()
-			defer o.mu.Unlock()
-			for {
-				if n, err = unix.Read(int(fd), buf[:]); err != unix.EINTR {
-					break
-				}
-			}
-			if err == unix.EAGAIN {
-				readBuffers.Put(buf)
-				return false
-			}
-			o.read += int64(max(n, 0))
-			if !grown && n >= 64<<10 {
-				unix.FcntlInt(fd, unix.F_SETPIPE_SZ, bigPipe)
-				grown = true
-			}
-			return true
-		})
-		if waitErr != nil {
-			return
-		}
-		if n <= 0 { // end of file; a terminal that nobody has open any more says EIO
+	buf := readBuffers.Get().(*[outputChunk]byte)
+	n, err := unix.Read(o.watch.fd, buf[:])
+	for err == unix.EINTR {
+		n, err = unix.Read(o.watch.fd, buf[:])
+	}
+	if n > 0 {
+		if !o.log.append(o.kind, buf[:], n) {
 			readBuffers.Put(buf)
-			return
 		}
-		if !log.append(o.kind, buf[:], n) {
-			readBuffers.Put(buf)
+		if !o.grown && n >= 64<<10 {
+			unix.FcntlInt(uintptr(o.watch.fd), unix.F_SETPIPE_SZ, bigPipe)
+			o.grown = true
 		}
 		o.logged.Add(int64(n))
+		return true
 	}
+	readBuffers.Put(buf)
+	if err != unix.EAGAIN { // end of file; a terminal that nobody has open any more says EIO
+		o.eof = true
+		o.poller.remove(&o.watch)
+		o.atEnd()
+	}
+	return false
+}
+
+// hold and resume are called by the log, under its lock.
+func (o *outputPipe) hold() {
+	o.held.Store(true)
+	o.poller.pause(&o.watch)
+}
+
+func (o *outputPipe) resume() {
+	o.held.Store(false)
+	o.poller.resume(&o.watch)
 }
 
 // inputPipe is where a process gets its input. Writes keep their order and never mix.
 type inputPipe struct {
-	file *os.File
 	turn chan struct{} // holds a value while nobody writes
+
+	mu     sync.Mutex // protects what follows
+	fd     int        // -1 once it is a file or closed
+	file   *os.File   // from the first write on: many processes never get input
+	closed bool
 }
 
-func newInputPipe(file *os.File) *inputPipe {
-	in := &inputPipe{file: file, turn: make(chan struct{}, 1)}
+func newInputPipe(fd int) *inputPipe {
+	in := &inputPipe{fd: fd, turn: make(chan struct{}, 1)}
 	in.turn <- struct{}{}
 	return in
 }
@@ -120,33 +131,62 @@ func (in *inputPipe) take(ctx context.Context) error {
 	}
 }
 
+func (in *inputPipe) open() (*os.File, error) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.closed {
+		return nil, os.ErrClosed
+	}
+	if in.file == nil {
+		unix.SetNonblock(in.fd, true) // asks os.NewFile for the runtime's poller
+		in.file, in.fd = os.NewFile(uintptr(in.fd), "input"), -1
+	}
+	return in.file, nil
+}
+
 // write returns when the process's pipe or terminal has taken all bytes. A client that leaves ends its write.
 func (in *inputPipe) write(ctx context.Context, data []byte) error {
 	if err := in.take(ctx); err != nil {
 		return err
 	}
 	defer func() { in.turn <- struct{}{} }()
-	if len(data) == 0 {
-		return nil
+	file, err := in.open()
+	if err != nil || len(data) == 0 {
+		return err
 	}
 	expired := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
-		in.file.SetWriteDeadline(time.Unix(1, 0))
+		file.SetWriteDeadline(time.Unix(1, 0))
 		close(expired)
 	})
-	_, err := in.file.Write(data)
+	_, err = file.Write(data)
 	if !stop() {
 		<-expired
-		in.file.SetWriteDeadline(time.Time{})
+		file.SetWriteDeadline(time.Time{})
 	}
 	return err
 }
 
-func (in *inputPipe) close(ctx context.Context) error {
+// closeInTurn lets writes that came before finish.
+func (in *inputPipe) closeInTurn(ctx context.Context) error {
 	if err := in.take(ctx); err != nil {
 		return err
 	}
 	defer func() { in.turn <- struct{}{} }()
-	in.file.Close() // a second time: an error that says just that
+	in.close()
 	return nil
+}
+
+// close is for good; a write that waits fails.
+func (in *inputPipe) close() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	switch {
+	case in.closed:
+	case in.file != nil:
+		in.file.Close()
+	default:
+		unix.Close(in.fd)
+	}
+	in.closed = true
 }

@@ -49,6 +49,7 @@ type processService struct {
 	users   *userDB
 	spawner *spawner
 	cgroups *cgroups
+	poller  *poller
 	memory  *outputMemory
 
 	mu      sync.Mutex // protects the tables and the count
@@ -64,18 +65,19 @@ type process struct {
 	child    *child
 	log      *outputLog
 	outputs  []*outputPipe
-	pty      *os.File // master, nil without a terminal
-	stdin    *inputPipe
+	pty      int        // descriptor of the terminal's master, -1 without one
+	input    *inputPipe // nil: /dev/null
 	started  time.Time
 	signaled atomic.Bool // by a client or its timeout: then nobody waits for background children
 	timedOut atomic.Bool
 	timeout  *time.Timer
 	end      *pb.ProcessEvent_EndEvent // set before the log is finished
-	eof      chan struct{}             // closed when every output has been read to its end
+	open     atomic.Int32              // outputs that have not been read to their end
+	eof      chan struct{}             // closed when there are none
 }
 
-func newProcessService(o processOptions, users *userDB, sp *spawner, cg *cgroups, m *outputMemory) *processService {
-	return &processService{processOptions: o, users: users, spawner: sp, cgroups: cg, memory: m,
+func newProcessService(o processOptions, users *userDB, sp *spawner, cg *cgroups, pl *poller, m *outputMemory) *processService {
+	return &processService{processOptions: o, users: users, spawner: sp, cgroups: cg, poller: pl, memory: m,
 		running: map[uint32]*process{}}
 }
 
@@ -279,9 +281,9 @@ func (s *processService) start(ctx context.Context, req *pb.StartRequest) (*proc
 		}
 	}()
 
-	p := &process{config: config, tag: req.Tag, log: s.memory.newLog(), started: time.Now(), eof: make(chan struct{})}
-	if err := p.openFiles(req, spec); err != nil {
-		p.abandon(spec)
+	p := &process{config: config, tag: req.Tag, pty: -1, log: s.memory.newLog(), started: time.Now(), eof: make(chan struct{})}
+	if err := p.openFiles(req, spec, s.poller); err != nil {
+		s.abandon(p, spec)
 		return nil, nil, startError(req, dir, err)
 	}
 	group := "user"
@@ -295,7 +297,7 @@ func (s *processService) start(ctx context.Context, req *pb.StartRequest) (*proc
 	if err != nil {
 		sub.detach()
 		spec.fds = [3]int{-1, -1, -1} // closed by the spawner
-		p.abandon(spec)
+		s.abandon(p, spec)
 		s.cgroups.release(spec.leaf)
 		return nil, nil, startError(req, dir, err)
 	}
@@ -308,8 +310,7 @@ func (s *processService) start(ctx context.Context, req *pb.StartRequest) (*proc
 			s.signal(p, syscall.SIGKILL)
 		})
 	}
-	go p.readOutputs()
-	go s.awaitEnd(p)
+	s.spawner.awaitExit(p.child, func() { s.exited(p) })
 	slog.Debug("process started", "logger", "process", "event_type", "process_start", "pid", p.pid, "username", user.name)
 	return p, sub, nil
 }
@@ -361,23 +362,35 @@ func (s *processService) childEnvironment(user account, dir string, requested ma
 }
 
 // openFiles makes the process's side of stdin, stdout and stderr, or its terminal, and the daemon's side of them.
-func (p *process) openFiles(req *pb.StartRequest, spec *spawnSpec) (err error) {
+func (p *process) openFiles(req *pb.StartRequest, spec *spawnSpec, poller *poller) (err error) {
+	output := func(kind outputKind, fd int) error {
+		unix.SetNonblock(fd, true)
+		out, err := newOutputPipe(kind, fd, p.log, poller, p.outputAtEnd)
+		p.outputs = append(p.outputs, out)
+		p.open.Add(1)
+		return err
+	}
 	if req.Pty != nil {
 		size := req.Pty.GetSize()
 		master, slave, err := openPTY(size.GetCols(), size.GetRows(), int(spec.user.uid))
 		if err != nil {
 			return err
 		}
-		p.pty = master
-		p.stdin = newInputPipe(master)
-		p.outputs = []*outputPipe{{kind: ptyKind, file: master}}
-		spec.terminal = true
-		spec.fds[0] = slave
+		spec.terminal, spec.fds[0], p.pty = true, slave, master
+		if err := output(ptyKind, master); err != nil {
+			return err
+		}
 		for i := 1; i < 3; i++ {
-			if spec.fds[i], err = unix.FcntlInt(uintptr(slave), unix.F_DUPFD_CLOEXEC, 3); err != nil {
-				return os.NewSyscallError("fcntl", err)
+			if spec.fds[i], err = dup(slave); err != nil {
+				return err
 			}
 		}
+		// A descriptor of its own, so that the two sides can be closed one without the other.
+		fd, err := dup(master)
+		if err != nil {
+			return err
+		}
+		p.input = newInputPipe(fd)
 		return nil
 	}
 	if req.Stdin == nil || req.GetStdin() {
@@ -385,8 +398,7 @@ func (p *process) openFiles(req *pb.StartRequest, spec *spawnSpec) (err error) {
 		if err != nil {
 			return err
 		}
-		spec.fds[0] = read
-		p.stdin = newInputPipe(nonblockingFile(write, "stdin"))
+		spec.fds[0], p.input = read, newInputPipe(write)
 	} else if spec.fds[0], err = unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
 		return &os.PathError{Op: "open", Path: "/dev/null", Err: err}
 	}
@@ -396,23 +408,31 @@ func (p *process) openFiles(req *pb.StartRequest, spec *spawnSpec) (err error) {
 			return err
 		}
 		spec.fds[1+i] = write
-		p.outputs = append(p.outputs, &outputPipe{kind: kind, file: nonblockingFile(read, "output")})
+		if err := output(kind, read); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
+func (p *process) outputAtEnd() {
+	if p.open.Add(-1) == 0 {
+		close(p.eof)
+	}
+}
+
 // abandon undoes what was prepared for a process that did not come to be.
-func (p *process) abandon(spec *spawnSpec) {
+func (s *processService) abandon(p *process, spec *spawnSpec) {
 	for _, fd := range spec.fds {
 		if fd >= 0 {
 			unix.Close(fd)
 		}
 	}
 	for _, out := range p.outputs {
-		out.file.Close()
+		s.poller.remove(&out.watch)
 	}
-	if p.stdin != nil {
-		p.stdin.file.Close()
+	if p.input != nil {
+		p.input.close()
 	}
 	p.log.finish()
 	p.log.forget()
@@ -438,28 +458,15 @@ func (s *processService) dropEndedLocked(which func(*process) bool) {
 	})
 }
 
-// readOutputs reads all outputs of the process to their end.
-func (p *process) readOutputs() {
-	var wg sync.WaitGroup
-	for _, out := range p.outputs {
-		wg.Go(func() {
-			out.readInto(p.log)
-			out.file.Close()
-		})
-	}
-	wg.Wait()
-	close(p.eof)
-}
-
-// awaitEnd carries a process from its exit to its `end`.
-func (s *processService) awaitEnd(p *process) {
-	<-p.child.exited
+// exited carries a process on from its exit. It runs on the poller's goroutine: what the process wrote has been, or is
+// here, read before, so that as a rule the process has ended, too.
+func (s *processService) exited(p *process) {
 	if p.timeout != nil {
 		p.timeout.Stop()
 	}
 	targets := make([]int64, len(p.outputs))
 	for i, out := range p.outputs {
-		targets[i] = out.available()
+		targets[i] = out.drain()
 	}
 	s.mu.Lock()
 	delete(s.running, p.pid)
@@ -467,14 +474,24 @@ func (s *processService) awaitEnd(p *process) {
 	s.ended = append(s.ended, p)
 	s.dropEndedLocked(func(o *process) bool { return len(s.ended) > s.retainCount && o == s.ended[0] })
 	s.mu.Unlock()
-	if p.stdin != nil && p.pty == nil {
-		p.stdin.file.Close()
+	if p.input != nil {
+		p.input.close()
 	}
+	if p.open.Load() == 0 {
+		s.finish(p)
+		return
+	}
+	go func() {
+		p.linger(targets, s.endSilence, s.endGrace)
+		s.finish(p)
+	}()
+}
 
-	open := !p.linger(targets, s.endSilence, s.endGrace)
+// finish makes the `end`.
+func (s *processService) finish(p *process) {
 	p.end = endEvent(p.child)
 	p.end.StartTime, p.end.EndTime = timestamppb.New(p.started), timestamppb.New(p.child.end)
-	p.end.OutputOpen = open
+	p.end.OutputOpen = p.open.Load() > 0
 	p.log.finish()
 	s.cgroups.release(p.child.leaf)
 	slog.Debug("process ended", "logger", "process", "event_type", "process_end", "pid", p.pid, "status", p.end.Status)
@@ -483,12 +500,7 @@ func (s *processService) awaitEnd(p *process) {
 // linger waits until the output is complete, as far as anyone can tell: at the end of every pipe; or when what was in them
 // at the exit has been read, and background children that hold them open have been silent for a while, or have talked for
 // too long, or the process was killed. The clocks stand still while the reader waits for a client.
-func (p *process) linger(targets []int64, silence, grace time.Duration) (eof bool) {
-	select {
-	case <-p.eof:
-		return true
-	default:
-	}
+func (p *process) linger(targets []int64, silence, grace time.Duration) {
 	const step = 5 * time.Millisecond
 	tick := time.NewTicker(step)
 	defer tick.Stop()
@@ -497,7 +509,7 @@ func (p *process) linger(targets []int64, silence, grace time.Duration) (eof boo
 	for {
 		select {
 		case <-p.eof:
-			return true
+			return
 		case <-tick.C:
 		}
 		if p.log.held() {
@@ -515,7 +527,7 @@ func (p *process) linger(targets []int64, silence, grace time.Duration) (eof boo
 			quiet, last = 0, sum
 		}
 		if complete && (p.signaled.Load() || quiet >= silence || total >= grace) {
-			return false
+			return
 		}
 	}
 }
@@ -589,7 +601,7 @@ func (s *processService) Update(ctx context.Context, req *connect.Request[pb.Upd
 		return nil, err
 	}
 	if size := req.Msg.GetPty().GetSize(); size != nil {
-		if p.pty == nil {
+		if p.pty < 0 {
 			return nil, connect.NewError(connect.CodeInternal, errors.New("error resizing tty: tty not assigned to process"))
 		}
 		if err := resizePTY(p.pty, size.GetCols(), size.GetRows()); err != nil {
@@ -604,7 +616,7 @@ func (s *processService) SendInput(ctx context.Context, req *connect.Request[pb.
 	if err != nil {
 		return nil, err
 	}
-	if err := p.input(ctx, req.Msg.GetInput()); err != nil {
+	if err := p.write(ctx, req.Msg.GetInput()); err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&pb.SendInputResponse{}), nil
@@ -621,7 +633,7 @@ func (s *processService) StreamInput(ctx context.Context, stream *connect.Client
 			if p == nil {
 				return nil, connect.NewError(connect.CodeFailedPrecondition, errors.New("no start event received"))
 			}
-			err = p.input(ctx, event.Data.GetInput())
+			err = p.write(ctx, event.Data.GetInput())
 		case *pb.StreamInputRequest_Keepalive:
 		default:
 			err = connect.NewError(connect.CodeInvalidArgument, errors.New("invalid event type <nil>"))
@@ -636,8 +648,8 @@ func (s *processService) StreamInput(ctx context.Context, stream *connect.Client
 	return connect.NewResponse(&pb.StreamInputResponse{}), nil
 }
 
-// input writes what a client sent to the stdin or the terminal of the process.
-func (p *process) input(ctx context.Context, input *pb.ProcessInput) error {
+// write passes on what a client sent to the stdin or the terminal of the process.
+func (p *process) write(ctx context.Context, input *pb.ProcessInput) error {
 	fail := func(to, format string, args ...any) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -646,22 +658,22 @@ func (p *process) input(ctx context.Context, input *pb.ProcessInput) error {
 	}
 	switch in := input.GetInput().(type) {
 	case *pb.ProcessInput_Stdin:
-		if p.pty != nil {
+		if p.pty >= 0 {
 			return fail("stdin", "tty assigned to process %d, which takes its input as pty", p.pid)
 		}
-		if p.stdin == nil {
+		if p.input == nil {
 			return fail("stdin", "stdin not enabled or closed")
 		}
-		if err := p.stdin.write(ctx, in.Stdin); errors.Is(err, os.ErrClosed) {
+		if err := p.input.write(ctx, in.Stdin); errors.Is(err, os.ErrClosed) {
 			return fail("stdin", "stdin not enabled or closed")
 		} else if err != nil {
 			return fail("stdin", "error writing to stdin of process '%d': %w", p.pid, err)
 		}
 	case *pb.ProcessInput_Pty:
-		if p.pty == nil {
+		if p.pty < 0 {
 			return fail("tty", "tty not assigned to process %d, which takes its input as stdin", p.pid)
 		}
-		if err := p.stdin.write(ctx, in.Pty); err != nil {
+		if err := p.input.write(ctx, in.Pty); err != nil {
 			return fail("tty", "error writing to tty of process '%d': %w", p.pid, err)
 		}
 	default:
@@ -675,12 +687,12 @@ func (s *processService) CloseStdin(ctx context.Context, req *connect.Request[pb
 	if err != nil {
 		return nil, err
 	}
-	if p.pty != nil {
+	if p.pty >= 0 {
 		return nil, connect.NewError(connect.CodeFailedPrecondition,
 			errors.New("error closing stdin: cannot close stdin for PTY process — send Ctrl+D (0x04) instead"))
 	}
-	if p.stdin != nil {
-		if err := p.stdin.close(ctx); err != nil {
+	if p.input != nil {
+		if err := p.input.closeInTurn(ctx); err != nil {
 			return nil, err
 		}
 	}

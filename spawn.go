@@ -149,6 +149,7 @@ var (
 
 type spawner struct {
 	launchTimeout time.Duration
+	poller        *poller
 	inFlight      chan struct{}
 
 	mu       sync.Mutex // protects what follows and every child's reaped: registration, delivery and kill exclude each other
@@ -156,18 +157,69 @@ type spawner struct {
 	launches map[*launch]struct{}
 }
 
-func newSpawner(launchTimeout time.Duration) *spawner {
-	return &spawner{launchTimeout: launchTimeout, inFlight: make(chan struct{}, launchesInFlight),
+func newSpawner(launchTimeout time.Duration, p *poller) *spawner {
+	return &spawner{launchTimeout: launchTimeout, poller: p, inFlight: make(chan struct{}, launchesInFlight),
 		children: map[int]*child{}, launches: map[*launch]struct{}{}}
 }
 
-// run reaps until stop is closed.
-func (s *spawner) run(stop <-chan struct{}) {
+// awaitExit calls exited, on the poller's goroutine, once the child has been reaped.
+func (s *spawner) awaitExit(c *child, exited func()) {
+	if fd, err := unix.PidfdOpen(c.pid(), 0); err == nil {
+		w := &watch{fd: fd}
+		w.ready = func() {
+			s.reap(c)
+			s.poller.remove(w)
+			exited()
+		}
+		if s.poller.add(w) == nil {
+			return
+		}
+		unix.Close(fd)
+	}
+	// No descriptor to be had, or a kernel before 5.3: this child costs a thread.
+	go func() {
+		s.wait(c)
+		exited()
+	}()
+}
+
+// wait blocks until the child has been reaped.
+func (s *spawner) wait(c *child) {
+	for unix.Waitid(unix.P_PID, c.pid(), nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
+	}
+	s.reap(c)
+}
+
+// reap takes the status of a child that is dead.
+func (s *spawner) reap(c *child) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var status syscall.WaitStatus
+	var usage syscall.Rusage
+	if c.reaped {
+		return
+	}
+	if pid, err := syscall.Wait4(c.pid(), &status, syscall.WNOHANG, &usage); err != nil || pid <= 0 {
+		return
+	}
+	s.deliverLocked(c, status, usage)
+}
+
+func (s *spawner) deliverLocked(c *child, status syscall.WaitStatus, usage syscall.Rusage) {
+	delete(s.children, c.pid())
+	c.status, c.usage, c.end, c.reaped = status, usage, time.Now(), true
+	close(c.exited)
+}
+
+// reapOrphans is init's duty: until stop is closed it takes the status of every process that has lost its parent. The
+// children of envd among them get theirs delivered.
+func (s *spawner) reapOrphans(stop <-chan struct{}) {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGCHLD)
 	defer signal.Stop(signals)
 	for {
-		s.reap()
+		for s.reapAny() {
+		}
 		select {
 		case <-signals:
 		case <-stop:
@@ -176,35 +228,28 @@ func (s *spawner) run(stop <-chan struct{}) {
 	}
 }
 
-// reap delivers every status there is. Pids that nobody registered are orphans that init inherits: reaped and forgotten.
-func (s *spawner) reap() {
+func (s *spawner) reapAny() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for {
-		var status syscall.WaitStatus
-		var usage syscall.Rusage
-		pid, err := syscall.Wait4(-1, &status, syscall.WNOHANG, &usage)
-		if err == syscall.EINTR {
-			continue
-		}
-		if err != nil || pid <= 0 {
-			return
-		}
-		c := s.children[pid]
-		if c == nil {
-			for l := range s.launches {
-				if l.current != nil && l.current.pid() == pid {
-					c = l.current
-				}
-			}
-		}
-		if c == nil {
-			continue
-		}
-		delete(s.children, pid)
-		c.status, c.usage, c.end, c.reaped = status, usage, time.Now(), true
-		close(c.exited)
+	var status syscall.WaitStatus
+	var usage syscall.Rusage
+	pid, err := syscall.Wait4(-1, &status, syscall.WNOHANG, &usage)
+	if err == syscall.EINTR {
+		return true
 	}
+	if err != nil || pid <= 0 {
+		return false
+	}
+	c := s.children[pid]
+	for l := range s.launches {
+		if l.current != nil && l.current.pid() == pid {
+			c = l.current
+		}
+	}
+	if c != nil {
+		s.deliverLocked(c, status, usage)
+	}
+	return true
 }
 
 // start returns when the command is being executed, or has turned out not to be executable: then its reason stands on
@@ -260,7 +305,6 @@ func (s *spawner) launch(l *launch) (*child, error) {
 		c, failed, err = s.attempt(l, []string{"/bin/sh"}, append([]string{"/bin/sh", failed.path}, argv[1:]...))
 	}
 	if err == nil && failed.errno != 0 {
-		<-c.exited
 		code, reason := 126, failed.errno.Error()
 		if failed.errno == syscall.ENOENT || failed.errno == syscall.ENOTDIR {
 			code, reason = 127, "command not found"
@@ -294,9 +338,10 @@ func (s *spawner) attempt(l *launch, paths, argv []string) (*child, failedExec, 
 
 	s.mu.Lock()
 	delete(s.launches, l)
+	doomed := l.doomed
 	if errno == 0 && !c.reaped {
 		s.children[pid] = c
-		if l.doomed {
+		if doomed {
 			s.signalLocked(c, pid, syscall.SIGKILL)
 		}
 	}
@@ -305,6 +350,9 @@ func (s *spawner) attempt(l *launch, paths, argv []string) (*child, failedExec, 
 		return nil, failedExec{}, &launchError{"fork", errno}
 	}
 	failed, err := list.outcome(paths)
+	if err != nil || failed.errno != 0 || doomed {
+		s.wait(c)
+	}
 	return c, failed, err
 }
 
@@ -450,7 +498,7 @@ func vfork(nr, a0, a1, a2 uintptr, first *step) (r uintptr) {
 }
 
 //go:noescape
-func vforkSteps(nr, a0, a1, a2, a3, a4 uintptr, first *step) (r uintptr)
+func vforkSteps(nr, a0, a1, a2, a3, a4 uintptr, steps *step) (ret uintptr)
 
 // The two ends of a blocking system call, as the runtime gives them to package syscall and, for good, to gVisor
 // (go.dev/issue/67401).
