@@ -1,7 +1,6 @@
 // The output log of a process: what it wrote, in arrival order, under absolute byte offsets.
 //
-// Rules. With a subscriber attached nothing is dropped: nobody reads the pipe while the slowest one is outputPending
-// behind, so that the pipe fills and the child blocks. With nobody attached the oldest bytes go and are counted, so that
+// Rules. With a subscriber attached nothing is dropped: nobody reads the pipe while no subscriber could take more, so that the pipe fills and the child blocks. With nobody attached the oldest bytes go and are counted, so that
 // an unattended process runs on; only for a short grace after its last subscriber left does it wait, because a client
 // that lost its connection comes back for the bytes that were on their way to it. For the same reason bytes that were
 // handed to a connection stay for a while: the log keeps `perLog` bytes behind the slowest subscriber.
@@ -27,12 +26,13 @@ const (
 const (
 	// outputChunk is the largest piece that is read, kept and sent at once.
 	outputChunk = 128 << 10
-	// outputPending is how far, in bytes, the slowest subscriber may be behind before its process has to wait. Little, since
-	// what is pending here comes on top of what is kept for those who come back.
-	outputPending = 64 << 10
+	// outputPending is how far, in bytes, the slowest of several subscribers may be behind before all have to wait.
+	outputPending = 256 << 10
 	// keepWhole is the size from which a read buffer becomes a chunk as it is instead of being copied.
 	keepWhole = 96 << 10
 )
+
+var readBuffers = sync.Pool{New: func() any { return new([outputChunk]byte) }}
 
 type chunk struct {
 	kind outputKind
@@ -63,8 +63,9 @@ type outputLog struct {
 	sent       int64 // offset behind the last byte that any client was sent
 	subs       []*subscriber
 	graceUntil time.Time
-	waiting    []func() // what makes the readers that wait for room read on
+	waiting    []*reader // those that are held
 	finished   bool
+	cut        bool // a subscriber was cut, and may have a piece in hand for ever
 	forgotten  bool
 }
 
@@ -92,24 +93,35 @@ func (m *outputMemory) newLog() *outputLog {
 	return l
 }
 
-// room tells whether the next piece may be read. If not, it calls hold, and resume once it may.
-func (l *outputLog) room(hold, resume func()) bool {
+// reader is what reads a pipe into the log.
+type reader struct {
+	hold, resume func() // stop and go on reading by itself; called under the log's lock
+	pull         func() // read now: a subscriber has nothing left to send
+}
+
+// room tells whether the next piece may be read. If not, the reader is held until it may.
+func (l *outputLog) room(r *reader) bool {
 	l.m.mu.Lock()
 	defer l.m.mu.Unlock()
 	if !l.fullLocked() {
 		return true
 	}
-	hold()
-	l.waiting = append(l.waiting, resume)
+	r.hold()
+	l.waiting = append(l.waiting, r)
 	return false
 }
 
+// fullLocked: with nobody ready to take more, reading on would only make small pieces of what the pipe could gather.
 func (l *outputLog) fullLocked() bool {
 	if !l.attendedLocked() {
 		return false
 	}
 	pending := l.end - l.slowestLocked()
-	return pending >= outputPending || pending > 0 && l.m.live > l.m.liveLimit
+	if len(l.subs) == 0 {
+		return pending >= l.m.perLog
+	}
+	ready := func(s *subscriber) bool { return s.pos == l.end }
+	return pending >= outputPending || pending > 0 && l.m.live > l.m.liveLimit || !slices.ContainsFunc(l.subs, ready)
 }
 
 // held tells whether a reader waits for a subscriber: then the clocks at the end of a process stand still.
@@ -233,6 +245,9 @@ func (l *outputLog) dropLocked() {
 	c := l.chunks[0]
 	l.chunks[0] = chunk{}
 	l.chunks = l.chunks[1:]
+	if cap(c.data) == outputChunk && !l.cut {
+		readBuffers.Put((*[outputChunk]byte)(c.data[:outputChunk])) // no subscriber has it in hand
+	}
 	l.first = c.end()
 	l.m.dropped += max(0, l.first-max(l.sent, c.off))
 	l.accountLocked(-int64(cap(c.data)))
@@ -264,6 +279,7 @@ func (l *outputLog) subscribe(from int64, onCut func()) (s *subscriber, lost int
 		s.limit = l.end
 	}
 	l.subs = append(l.subs, s)
+	l.roomLocked()
 	return s, s.pos - from, true
 }
 
@@ -319,8 +335,8 @@ func (l *outputLog) resumeLocked() {
 	if len(l.waiting) == 0 || l.fullLocked() {
 		return
 	}
-	for _, resume := range l.waiting {
-		resume()
+	for _, r := range l.waiting {
+		r.resume()
 	}
 	l.waiting = nil
 }
@@ -358,16 +374,24 @@ func (s *subscriber) next() (kind outputKind, data []byte, done, cut bool) {
 	return c.kind, data, false, false
 }
 
-// sent says that n more bytes are in the hands of the connection.
+// sent says that n more bytes are in the hands of the connection. With nothing left to send it has the held readers read:
+// at full speed all work is done on the subscriber's goroutine.
 func (s *subscriber) sent(n int) {
 	l := s.log
 	l.m.mu.Lock()
-	defer l.m.mu.Unlock()
 	s.pos += int64(n)
 	s.progress = time.Now()
 	l.sent = max(l.sent, s.pos)
 	l.trimLocked()
+	var pull []*reader
+	if s.pos == l.end && !l.fullLocked() {
+		pull, l.waiting = l.waiting, nil
+	}
 	l.roomLocked()
+	l.m.mu.Unlock()
+	for _, r := range pull {
+		r.pull()
+	}
 }
 
 // detach ends a subscription; safe to call after the subscriber was cut.
@@ -420,7 +444,7 @@ func (m *outputMemory) cutStalled(now time.Time, alone, shared time.Duration) {
 }
 
 func (s *subscriber) cutLocked() {
-	s.cut = true
+	s.cut, s.log.cut = true, true
 	s.log.removeLocked(s)
 	s.wakeLocked()
 	s.onCut()

@@ -56,13 +56,17 @@ func (p *poller) add(w *watch) error {
 func (p *poller) pause(w *watch) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.controlLocked(unix.EPOLL_CTL_DEL, w)
+	if p.handlers[w.key] == w {
+		p.controlLocked(unix.EPOLL_CTL_DEL, w)
+	}
 }
 
 func (p *poller) resume(w *watch) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.controlLocked(unix.EPOLL_CTL_ADD, w)
+	if p.handlers[w.key] == w { // else its descriptor is closed, and may be another file by now
+		p.controlLocked(unix.EPOLL_CTL_ADD, w)
+	}
 }
 
 // remove forgets a descriptor and closes it, which takes it out of the epoll set.

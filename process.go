@@ -172,6 +172,7 @@ func (s *processService) follow(ctx context.Context, p *process, sub *subscriber
 			if starter && p.timedOut.Load() {
 				return context.DeadlineExceeded
 			}
+			requestOf(ctx).keepFlush()
 			return send(&pb.ProcessEvent{Event: &pb.ProcessEvent_End{End: p.endFor(header)}})
 		} else if data != nil {
 			if !starter && ctx.Err() != nil {

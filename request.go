@@ -14,6 +14,8 @@ type request struct {
 	// breakStream makes the write that hangs on this request's connection fail, and every later one. Nothing else frees a
 	// handler whose client has stopped reading.
 	breakStream func()
+	// keepFlush lets what is written from now on wait for the end of the response: one packet and one wake-up of the client less.
+	keepFlush func()
 }
 
 type requestKey struct{}
@@ -26,7 +28,7 @@ func requestOf(ctx context.Context) *request {
 	if r, ok := ctx.Value(requestKey{}).(*request); ok {
 		return r
 	}
-	return &request{breakStream: func() {}}
+	return &request{breakStream: func() {}, keepFlush: func() {}}
 }
 
 // actingUser is the account that a request acts as: the one it names, else the default one.

@@ -98,7 +98,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			"unauthorized access, please provide a valid access token or method signing if supported")
 		return
 	}
-	req := &request{breakStream: func() { http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0)) }}
+	flusher := &heldWriter{ResponseWriter: w}
+	req := &request{breakStream: func() { http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0)) },
+		keepFlush: func() { flusher.held = true }}
 	if req.user, _, req.hasUser = r.BasicAuth(); req.hasUser {
 		if _, err := s.users.lookup(req.user); err != nil {
 			s.rpcError.Write(w, r, connect.NewError(connect.CodeUnauthenticated, fmt.Errorf("invalid username: '%s'", req.user)))
@@ -115,7 +117,21 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		w.WriteHeader(http.StatusMethodNotAllowed)
 	default:
-		s.serveRPC(w, r)
+		s.serveRPC(flusher, r)
+	}
+}
+
+// heldWriter can leave out the flush that connect makes after each message.
+type heldWriter struct {
+	http.ResponseWriter
+	held bool
+}
+
+func (w *heldWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w *heldWriter) Flush() {
+	if !w.held {
+		http.NewResponseController(w.ResponseWriter).Flush()
 	}
 }
 
