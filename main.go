@@ -50,10 +50,7 @@ type config struct {
 	allowOrigin   string
 	stopTimeout   time.Duration
 	startTimeout  time.Duration
-	outputBuffer  int64
-	outputMemory  int64
-	outputEnded   int64
-	resumeGrace   time.Duration
+	output        outputMemory
 }
 
 func parseFlags(args []string, errOut io.Writer) (*config, error) {
@@ -84,10 +81,11 @@ func parseFlags(args []string, errOut io.Writer) (*config, error) {
 	f.DurationVar(&c.startTimeout, "start-timeout", 30*time.Second, "how long the start of a process may hang in the kernel")
 	f.IntVar(&c.process.maxProcesses, "max-processes", 4096, "`count` of processes that may run at once")
 	groups.next("Output")
-	f.Int64Var(&c.outputBuffer, "output-buffer", 512<<10, "`bytes` of output kept of each running process")
-	f.Int64Var(&c.outputMemory, "output-memory", 0, "`bytes` of output kept of all running ones together (default 1/16 of the memory)")
-	f.Int64Var(&c.outputEnded, "output-ended", 4<<20, "`bytes` of output kept of all ended ones together")
-	f.DurationVar(&c.resumeGrace, "resume-grace", 2*time.Second, "how long a process with a full buffer waits for a client that lost its connection")
+	f.Int64Var(&c.output.perLog, "output-buffer", 512<<10, "`bytes` of output kept of a running process that no client follows")
+	f.Int64Var(&c.output.resume, "output-resume", 4<<20, "`bytes` kept of what a client was sent last, for it to come back after a broken connection")
+	f.Int64Var(&c.output.liveLimit, "output-memory", 0, "`bytes` of output kept of all running ones together (default 1/16 of the memory)")
+	f.Int64Var(&c.output.endedLimit, "output-ended", 4<<20, "`bytes` of output kept of all ended ones together")
+	f.DurationVar(&c.output.grace, "resume-grace", 2*time.Second, "how long a process with a full buffer waits for a client that lost its connection")
 	groups.next("Streams")
 	f.DurationVar(&c.process.stallAlone, "stall-timeout", 60*time.Second, "how long a client may take no output before its stream is cut")
 	f.DurationVar(&c.process.stallShared, "stall-timeout-shared", 10*time.Second, "the same while another client waits because of it")
@@ -189,7 +187,7 @@ func run(c *config) int {
 	}
 	spawner := newSpawner(c.startTimeout, poller)
 	stopping := make(chan struct{})
-	memory := newOutputMemory(c.outputBuffer, c.outputMemory, c.outputEnded, c.resumeGrace)
+	memory := &c.output
 	if memory.liveLimit == 0 {
 		memory.liveLimit = int64(totalMemory() / 16)
 	}

@@ -3,7 +3,8 @@
 // Rules. With a subscriber attached nothing is dropped: nobody reads the pipe while no subscriber could take more, so that the pipe fills and the child blocks. With nobody attached the oldest bytes go and are counted, so that
 // an unattended process runs on; only for a short grace after its last subscriber left does it wait, because a client
 // that lost its connection comes back for the bytes that were on their way to it. For the same reason bytes that were
-// handed to a connection stay for a while: the log keeps `perLog` bytes behind the slowest subscriber.
+// handed to a connection stay for a while: they may still be in the socket buffers of both sides, the client's above all,
+// which Linux lets grow to some 3 MiB for a fast reader (tcp(7), tcp_rmem).
 //
 // All logs share one mutex and one memory budget; nothing is done under it but moving bytes.
 
@@ -45,8 +46,11 @@ func (c *chunk) end() int64 { return c.off + int64(len(c.data)) }
 
 // outputMemory is the budget of all logs, in bytes.
 type outputMemory struct {
-	perLog, liveLimit, endedLimit int64
-	grace                         time.Duration
+	perLog     int64 // of a process that nobody follows
+	resume     int64 // behind what the slowest follower was sent
+	liveLimit  int64
+	endedLimit int64
+	grace      time.Duration
 
 	mu          sync.Mutex // protects everything below, and every log and subscriber
 	live, ended int64      // buffer bytes held by logs of live and of ended processes
@@ -76,19 +80,18 @@ type subscriber struct {
 	limit    int64         // where this stream ends, once the process has ended; -1 before
 	notify   chan struct{} // holds a value when there may be something new
 	progress time.Time     // when it last took something, or when something to take first appeared
+	done     bool // told that there is no more
 	cut      bool
 	onCut    func()
-}
-
-func newOutputMemory(perLog, liveLimit, endedLimit int64, grace time.Duration) *outputMemory {
-	return &outputMemory{perLog: perLog, liveLimit: liveLimit, endedLimit: endedLimit, grace: grace,
-		liveLogs: map[*outputLog]struct{}{}}
 }
 
 func (m *outputMemory) newLog() *outputLog {
 	l := &outputLog{m: m}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.liveLogs == nil {
+		m.liveLogs = map[*outputLog]struct{}{}
+	}
 	m.liveLogs[l] = struct{}{}
 	return l
 }
@@ -131,8 +134,9 @@ func (l *outputLog) held() bool {
 	return len(l.waiting) > 0
 }
 
+// attendedLocked: followed, or left so recently that the client may come back; not where memory is short.
 func (l *outputLog) attendedLocked() bool {
-	return len(l.subs) > 0 || !l.finished && time.Now().Before(l.graceUntil)
+	return len(l.subs) > 0 || l.m.live+l.m.ended <= l.m.liveLimit && time.Now().Before(l.graceUntil)
 }
 
 // slowestLocked is the offset up to which every subscriber has been served.
@@ -198,7 +202,7 @@ func (l *outputLog) accountLocked(bytes int64) {
 // trimLocked brings this log, then all of them together, back to their bounds.
 func (l *outputLog) trimLocked() {
 	m := l.m
-	for l.droppableLocked() && l.newestNeededLocked()-l.chunks[0].end() >= m.perLog {
+	for l.droppableLocked() && l.chunks[0].end() <= l.keepFromLocked() {
 		l.dropLocked()
 	}
 	for m.live > m.liveLimit {
@@ -220,12 +224,12 @@ func (l *outputLog) trimLocked() {
 	}
 }
 
-// newestNeededLocked is the offset behind which the log keeps its perLog bytes.
-func (l *outputLog) newestNeededLocked() int64 {
+// keepFromLocked is the offset from which this log keeps its bytes, as far as the common budget allows.
+func (l *outputLog) keepFromLocked() int64 {
 	if l.attendedLocked() {
-		return l.slowestLocked()
+		return l.slowestLocked() - l.m.resume
 	}
-	return l.end
+	return l.end - l.m.perLog
 }
 
 // droppableLocked tells whether the oldest chunk may go: nobody is attached, or all who are have been sent it.
@@ -358,7 +362,8 @@ func (s *subscriber) next() (kind outputKind, data []byte, done, cut bool) {
 		return 0, nil, false, true
 	}
 	if s.pos >= l.end || s.limit >= 0 && s.pos >= s.limit {
-		return 0, nil, s.limit >= 0, false
+		s.done = s.limit >= 0
+		return 0, nil, s.done, false
 	}
 	i, _ := slices.BinarySearchFunc(l.chunks, s.pos, func(c chunk, pos int64) int {
 		if c.end() <= pos {
@@ -394,7 +399,7 @@ func (s *subscriber) sent(n int) {
 	}
 }
 
-// detach ends a subscription; safe to call after the subscriber was cut.
+// detach ends a subscription. If that was before its end, the client may come back.
 func (s *subscriber) detach() {
 	l := s.log
 	l.m.mu.Lock()
@@ -402,9 +407,11 @@ func (s *subscriber) detach() {
 	if s.cut {
 		return
 	}
-	l.removeLocked(s)
-	if len(l.subs) == 0 && !l.finished && l.m.grace > 0 {
+	if s.done {
+		l.removeLocked(s)
+	} else {
 		l.graceUntil = time.Now().Add(l.m.grace)
+		l.removeLocked(s)
 		time.AfterFunc(l.m.grace, func() {
 			l.m.mu.Lock()
 			defer l.m.mu.Unlock()
