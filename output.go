@@ -53,11 +53,11 @@ type outputMemory struct {
 	grace      time.Duration
 
 	mu          sync.Mutex // protects everything below, and every log and subscriber
-	live, ended int64      // buffer bytes held by logs of live and of ended processes
+	live, ended int64      // buffer bytes held by endedLogs and by all others
 	seq         uint64
 	dropped     int64 // bytes that no subscriber had been sent
 	liveLogs    map[*outputLog]struct{}
-	endedLogs   []*outputLog // oldest first
+	endedLogs   []*outputLog // that nobody follows; oldest first
 }
 
 type outputLog struct {
@@ -70,6 +70,7 @@ type outputLog struct {
 	waiting    []*reader // those that are held
 	finished   bool
 	cut        bool // a subscriber was cut, and may have a piece in hand for ever
+	settled    bool // in the budget of the ended ones
 	forgotten  bool
 }
 
@@ -80,7 +81,7 @@ type subscriber struct {
 	limit    int64         // where this stream ends, once the process has ended; -1 before
 	notify   chan struct{} // holds a value when there may be something new
 	progress time.Time     // when it last took something, or when something to take first appeared
-	done     bool // told that there is no more
+	done     bool          // told that there is no more
 	cut      bool
 	onCut    func()
 }
@@ -192,7 +193,7 @@ func (l *outputLog) append(kind outputKind, buf []byte, n int) (kept bool) {
 }
 
 func (l *outputLog) accountLocked(bytes int64) {
-	if l.finished {
+	if l.settled {
 		l.m.ended += bytes
 	} else {
 		l.m.live += bytes
@@ -289,23 +290,14 @@ func (l *outputLog) subscribe(from int64, onCut func()) (s *subscriber, lost int
 
 // finish says that the process has ended: each stream ends at the byte that is the newest now.
 func (l *outputLog) finish() {
-	m := l.m
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, c := range l.chunks {
-		m.live -= int64(cap(c.data))
-		m.ended += int64(cap(c.data))
-	}
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
 	l.finished = true
-	delete(m.liveLogs, l)
-	m.endedLogs = append(m.endedLogs, l)
 	for _, s := range l.subs {
 		s.limit = l.end
 		s.wakeLocked()
 	}
-	l.freeLocked()
-	l.trimLocked()
-	l.roomLocked()
+	l.settleLocked()
 }
 
 // forget frees the log once it has ended and nobody follows it any more. What background children still write is then
@@ -314,17 +306,32 @@ func (l *outputLog) forget() {
 	l.m.mu.Lock()
 	defer l.m.mu.Unlock()
 	l.forgotten = true
-	l.freeLocked()
+	l.settleLocked()
 }
 
-func (l *outputLog) freeLocked() {
-	if !l.forgotten || !l.finished || len(l.subs) > 0 {
-		return
+// settleLocked follows each change of who follows the log: an ended one that nobody will come back to soon moves to the
+// budget of the ended ones, a forgotten one goes, and readers that were held look again.
+func (l *outputLog) settleLocked() {
+	m := l.m
+	switch {
+	case !l.finished || len(l.subs) > 0:
+	case l.forgotten:
+		for len(l.chunks) > 0 {
+			l.dropLocked()
+		}
+		delete(m.liveLogs, l)
+		m.endedLogs = slices.DeleteFunc(m.endedLogs, func(o *outputLog) bool { return o == l })
+	case !l.settled && !l.attendedLocked():
+		for _, c := range l.chunks {
+			m.live -= int64(cap(c.data))
+			m.ended += int64(cap(c.data))
+		}
+		l.settled = true
+		delete(m.liveLogs, l)
+		m.endedLogs = append(m.endedLogs, l)
 	}
-	for len(l.chunks) > 0 {
-		l.dropLocked()
-	}
-	l.m.endedLogs = slices.DeleteFunc(l.m.endedLogs, func(o *outputLog) bool { return o == l })
+	l.trimLocked()
+	l.roomLocked()
 }
 
 // roomLocked lets readers go on where there is room: this log's, and others that waited for the shared budget.
@@ -407,25 +414,20 @@ func (s *subscriber) detach() {
 	if s.cut {
 		return
 	}
-	if s.done {
-		l.removeLocked(s)
-	} else {
+	if !s.done {
 		l.graceUntil = time.Now().Add(l.m.grace)
-		l.removeLocked(s)
 		time.AfterFunc(l.m.grace, func() {
 			l.m.mu.Lock()
 			defer l.m.mu.Unlock()
-			l.trimLocked()
-			l.roomLocked()
+			l.settleLocked()
 		})
 	}
+	l.removeLocked(s)
 }
 
 func (l *outputLog) removeLocked(s *subscriber) {
 	l.subs = slices.DeleteFunc(l.subs, func(o *subscriber) bool { return o == s })
-	l.freeLocked()
-	l.trimLocked()
-	l.roomLocked()
+	l.settleLocked()
 }
 
 // cutStalled detaches the subscribers that took nothing for `alone`, or for `shared` while another one waits because of
