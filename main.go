@@ -191,11 +191,11 @@ func run(c *config) int {
 	if memory.liveLimit == 0 {
 		memory.liveLimit = int64(totalMemory() / 16)
 	}
-	c.process.environment, c.process.defaults, c.process.stopping = settings.environment, settings.defaults, stopping
 	if c.process.path = os.Getenv("PATH"); c.process.path == "" {
 		c.process.path = standardPath
 	}
-	processes := newProcessService(c.process, users, spawner, cgroups, poller, memory)
+	processes := &processService{processOptions: c.process, users: users, settings: settings, spawner: spawner, cgroups: cgroups,
+		poller: poller, memory: memory, stopping: stopping, running: map[uint32]*process{}}
 
 	c.server.version = version
 	c.server.allowedOrigins = strings.Split(c.allowOrigin, ",")
@@ -299,7 +299,7 @@ func openCgroupRoot(c *config) *cgroups {
 	if c.noCgroups {
 		return nil
 	}
-	open := func() (*cgroups, error) { return openCgroups(c.cgroupRoot, false) }
+	open := func() (*cgroups, error) { return openCgroups(c.cgroupRoot) }
 	if c.server.isnotfc && !c.cgroupRootSet {
 		open = openOwnCgroups
 	}

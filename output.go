@@ -54,10 +54,10 @@ type outputMemory struct {
 
 	mu          sync.Mutex // protects everything below, and every log and subscriber
 	live, ended int64      // buffer bytes held by endedLogs and by all others
+	short       bool       // readers are held because live is at its limit
 	seq         uint64
-	dropped     int64 // bytes that no subscriber had been sent
-	liveLogs    map[*outputLog]struct{}
-	endedLogs   []*outputLog // that nobody follows; oldest first
+	liveLogs    []*outputLog
+	endedLogs   []*outputLog // that nobody follows; the longest ended first
 }
 
 type outputLog struct {
@@ -90,10 +90,7 @@ func (m *outputMemory) newLog() *outputLog {
 	l := &outputLog{m: m}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.liveLogs == nil {
-		m.liveLogs = map[*outputLog]struct{}{}
-	}
-	m.liveLogs[l] = struct{}{}
+	m.liveLogs = append(m.liveLogs, l)
 	return l
 }
 
@@ -125,7 +122,11 @@ func (l *outputLog) fullLocked() bool {
 		return pending >= l.m.perLog
 	}
 	ready := func(s *subscriber) bool { return s.pos == l.end }
-	return pending >= outputPending || pending > 0 && l.m.live > l.m.liveLimit || !slices.ContainsFunc(l.subs, ready)
+	if pending > 0 && l.m.live > l.m.liveLimit {
+		l.m.short = true
+		return true
+	}
+	return pending >= outputPending || !slices.ContainsFunc(l.subs, ready)
 }
 
 // held tells whether a reader waits for a subscriber: then the clocks at the end of a process stand still.
@@ -208,7 +209,7 @@ func (l *outputLog) trimLocked() {
 	}
 	for m.live > m.liveLimit {
 		var oldest *outputLog
-		for o := range m.liveLogs {
+		for _, o := range m.liveLogs {
 			if o.droppableLocked() && (oldest == nil || o.olderLocked(oldest)) {
 				oldest = o
 			}
@@ -218,9 +219,11 @@ func (l *outputLog) trimLocked() {
 		}
 		oldest.dropLocked()
 	}
-	for i := 0; m.ended > m.endedLimit && i < len(m.endedLogs); i++ {
-		for o := m.endedLogs[i]; m.ended > m.endedLimit && o.droppableLocked(); {
+	for i := 0; m.ended > m.endedLimit && i < len(m.endedLogs); {
+		if o := m.endedLogs[i]; o.droppableLocked() {
 			o.dropLocked()
+		} else {
+			i++
 		}
 	}
 }
@@ -254,7 +257,6 @@ func (l *outputLog) dropLocked() {
 		readBuffers.Put((*[outputChunk]byte)(c.data[:outputChunk])) // no subscriber has it in hand
 	}
 	l.first = c.end()
-	l.m.dropped += max(0, l.first-max(l.sent, c.off))
 	l.accountLocked(-int64(cap(c.data)))
 }
 
@@ -319,16 +321,14 @@ func (l *outputLog) settleLocked() {
 		for len(l.chunks) > 0 {
 			l.dropLocked()
 		}
-		delete(m.liveLogs, l)
-		m.endedLogs = slices.DeleteFunc(m.endedLogs, func(o *outputLog) bool { return o == l })
+		m.liveLogs, m.endedLogs = without(m.liveLogs, l), without(m.endedLogs, l)
 	case !l.settled && !l.attendedLocked():
 		for _, c := range l.chunks {
 			m.live -= int64(cap(c.data))
 			m.ended += int64(cap(c.data))
 		}
 		l.settled = true
-		delete(m.liveLogs, l)
-		m.endedLogs = append(m.endedLogs, l)
+		m.liveLogs, m.endedLogs = without(m.liveLogs, l), append(m.endedLogs, l)
 	}
 	l.trimLocked()
 	l.roomLocked()
@@ -337,8 +337,11 @@ func (l *outputLog) settleLocked() {
 // roomLocked lets readers go on where there is room: this log's, and others that waited for the shared budget.
 func (l *outputLog) roomLocked() {
 	l.resumeLocked()
-	for o := range l.m.liveLogs {
-		o.resumeLocked()
+	if l.m.short && l.m.live <= l.m.liveLimit {
+		l.m.short = false
+		for _, o := range l.m.liveLogs {
+			o.resumeLocked()
+		}
 	}
 }
 
@@ -426,8 +429,12 @@ func (s *subscriber) detach() {
 }
 
 func (l *outputLog) removeLocked(s *subscriber) {
-	l.subs = slices.DeleteFunc(l.subs, func(o *subscriber) bool { return o == s })
+	l.subs = without(l.subs, s)
 	l.settleLocked()
+}
+
+func without[T comparable](list []T, gone T) []T {
+	return slices.DeleteFunc(list, func(e T) bool { return e == gone })
 }
 
 // cutStalled detaches the subscribers that took nothing for `alone`, or for `shared` while another one waits because of
@@ -435,11 +442,7 @@ func (l *outputLog) removeLocked(s *subscriber) {
 func (m *outputMemory) cutStalled(now time.Time, alone, shared time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	logs := slices.Clone(m.endedLogs)
-	for l := range m.liveLogs {
-		logs = append(logs, l)
-	}
-	for _, l := range logs {
+	for _, l := range slices.Concat(m.liveLogs, m.endedLogs) {
 		for _, s := range slices.Clone(l.subs) {
 			waits := func(o *subscriber) bool { return o.pos == l.end }
 			switch stalled := now.Sub(s.progress); {

@@ -8,7 +8,6 @@ package main
 import (
 	"container/list"
 	"context"
-	"encoding/json"
 	"fmt"
 	"net"
 	"net/http"
@@ -232,23 +231,6 @@ func (s *server) health(w http.ResponseWriter, r *http.Request) {
 
 func (s *server) envs(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, s.settings.environment())
-}
-
-func writeJSON(w http.ResponseWriter, value any) {
-	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Cache-Control", "no-store")
-	json.NewEncoder(w).Encode(value)
-}
-
-// jsonError is the envelope of every error of a plain HTTP endpoint.
-func jsonError(w http.ResponseWriter, status int, message string) {
-	w.Header().Set("Content-Type", "application/json; charset=utf-8")
-	w.Header().Set("X-Content-Type-Options", "nosniff")
-	w.WriteHeader(status)
-	json.NewEncoder(w).Encode(struct {
-		Code    int    `json:"code"`
-		Message string `json:"message"`
-	}{status, message})
 }
 
 // waitingConns bounds the connections that no request is being served on, half-open ones above all: each costs some
