@@ -154,14 +154,14 @@ func run(c *config) int {
 	settings := newSettings(startUser(users))
 	settings.setSystem("WRENN_SANDBOX", strconv.FormatBool(!c.server.isnotfc))
 	writeRunDir(c)
-	cgroups := openCgroupRoot(c)
-	defer cgroups.close()
 	poller, err := newPoller()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "envd:", err)
 		return 1
 	}
 	spawner := newSpawner(c.startTimeout, poller)
+	cgroups := openCgroupRoot(c, spawner.canUse)
+	defer cgroups.close()
 	stopping := make(chan struct{})
 	memory := &c.output
 	if memory.liveLimit == 0 {
@@ -271,7 +271,7 @@ func writeRunDir(c *config) {
 }
 
 // openCgroupRoot gives nil, and a warning, where there is no cgroup2 to use.
-func openCgroupRoot(c *config) *cgroups {
+func openCgroupRoot(c *config, canUse func(*cgroupLeaf) bool) *cgroups {
 	if c.noCgroups {
 		return nil
 	}
@@ -280,6 +280,14 @@ func openCgroupRoot(c *config) *cgroups {
 		open = openOwnCgroups
 	}
 	cg, err := open()
+	if err == nil {
+		leaf := cg.acquire("user")
+		if !canUse(leaf) {
+			err = errors.New("the kernel kills what is cloned into a cgroup")
+			defer cg.close()
+		}
+		cg.release(leaf)
+	}
 	if err != nil {
 		slog.Warn("no cgroup leaves; process groups serve instead", "logger", "cgroup", "error", err)
 		return nil

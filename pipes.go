@@ -46,7 +46,19 @@ func newOutputPipe(kind outputKind, fd int, log *outputLog, p *poller, atEnd fun
 	o := &outputPipe{kind: kind, log: log, poller: p, watch: watch{fd: fd}, atEnd: atEnd}
 	o.watch.ready = func() { o.read() }
 	o.reader = reader{o.hold, o.resume, o.pull}
-	return o, p.add(&o.watch)
+	err := p.add(&o.watch)
+	if err != nil {
+		unix.Close(fd)
+	}
+	return o, err
+}
+
+// close gives up reading before the end.
+func (o *outputPipe) close() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.eof = true
+	o.poller.remove(&o.watch)
 }
 
 // drain reads what is there when the process has exited, and the end if that comes next. It tells how many bytes must be in

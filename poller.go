@@ -69,12 +69,14 @@ func (p *poller) resume(w *watch) {
 	}
 }
 
-// remove forgets a descriptor and closes it, which takes it out of the epoll set.
+// remove forgets a descriptor and closes it, once, which takes it out of the epoll set.
 func (p *poller) remove(w *watch) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	delete(p.handlers, w.key)
-	unix.Close(w.fd)
+	if p.handlers[w.key] == w {
+		delete(p.handlers, w.key)
+		unix.Close(w.fd)
+	}
 }
 
 func (p *poller) controlLocked(op int, w *watch) error {

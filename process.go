@@ -298,7 +298,7 @@ func (s *processService) start(ctx context.Context, req *pb.StartRequest) (_ *pr
 		s.admit(-1)
 		sub.detach()
 		for _, out := range p.outputs {
-			s.poller.remove(&out.watch)
+			out.close()
 		}
 		if p.input != nil {
 			p.input.close()

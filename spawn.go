@@ -479,6 +479,17 @@ func runSteps(s *steps, leaf *cgroupLeaf, pidSlot *int32) (pid int, errno syscal
 	return int(r), 0
 }
 
+// canUse tells whether children survive being cloned into the leaf. On Linux 6.18 they do not if the daemon's own cgroup was
+// ever killed (cgroupDir.renew says why).
+func (s *spawner) canUse(leaf *cgroupLeaf) bool {
+	c := &child{exited: make(chan struct{})}
+	_, errno := runSteps(&steps{list: []step{{nr: noMoreSteps}}}, leaf, &c.pidSlot)
+	if errno == 0 {
+		s.wait(c)
+	}
+	return errno == 0 && c.status.Exited()
+}
+
 // vfork blocks all signals around the clone, since a handler that ran in the child would run in the daemon's memory. The
 // mask is put back before exitsyscall, after which the goroutine may be on another thread.
 //
