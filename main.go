@@ -85,7 +85,8 @@ func parseFlags(args []string, errOut io.Writer) (*config, error) {
 	f.DurationVar(&c.process.keepAlive, "keepalive-interval", 90*time.Second, "Streams: interval of keep-alive events, where the client names none")
 	f.DurationVar(&c.server.headerTimeout, "header-timeout", 30*time.Second, "Server: how long a client may take to send a request's header")
 	f.DurationVar(&c.server.idleTimeout, "idle-timeout", 640*time.Second, "Server: how long a connection is kept open between requests")
-	f.IntVar(&c.server.maxWaiting, "max-waiting-connections", 1024, "Server: `count` of connections that may be open without a request; beyond it the oldest is closed")
+	f.IntVar(&c.server.maxWaiting, "max-waiting-connections", 512, "Server: `count` of connections that may wait for a request or the rest of one; beyond it the oldest is closed")
+	f.IntVar(&c.server.maxRequests, "max-requests", 8192, "Server: `count` of requests, streams among them, that may be served at once")
 	f.DurationVar(&c.stopTimeout, "stop-timeout", 5*time.Second, "Server: how long requests may take to finish after SIGTERM")
 	f.BoolVar(&ignored, "verbose", false, "Without effect: accepted for launchers of other agents")
 	f.BoolVar(&ignored, "resume-handover", false, "Without effect: the same")
@@ -160,8 +161,8 @@ func run(c *config) int {
 		return 1
 	}
 	spawner := newSpawner(c.startTimeout, poller)
-	cgroups := openCgroupRoot(c, spawner.canUse)
-	defer cgroups.close()
+	spawner.cgroups = openCgroupRoot(c, spawner.canUse)
+	defer spawner.cgroups.close()
 	stopping := make(chan struct{})
 	memory := &c.output
 	if memory.liveLimit == 0 {
@@ -170,7 +171,7 @@ func run(c *config) int {
 	if c.process.path = os.Getenv("PATH"); c.process.path == "" {
 		c.process.path = standardPath
 	}
-	processes := &processService{processOptions: c.process, users: users, settings: settings, spawner: spawner, cgroups: cgroups,
+	processes := &processService{processOptions: c.process, users: users, settings: settings, spawner: spawner,
 		poller: poller, memory: memory, stopping: stopping, running: map[uint32]*process{}}
 
 	c.server.version = version
@@ -205,6 +206,7 @@ func run(c *config) int {
 		code = 1
 	}
 	close(stopping)
+	srv.waiting.closeAll()
 	ctx, cancel := context.WithTimeout(context.Background(), c.stopTimeout*9/10)
 	defer cancel()
 	if err := httpServer.Shutdown(ctx); err != nil {

@@ -15,11 +15,14 @@ import (
 // bigPipe is the size, in bytes, that the pipe of a process gets once it writes a lot (pipe(7), F_SETPIPE_SZ).
 const bigPipe = 1 << 20
 
-// pipe gives two close-on-exec descriptors that block.
-func pipe() (read, write int, err error) {
+// pipe gives two close-on-exec descriptors that block. The pipe belongs to the user, who may open /dev/stdout again.
+func pipe(user account) (read, write int, err error) {
 	var fds [2]int
 	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
 		return -1, -1, os.NewSyscallError("pipe2", err)
+	}
+	if user.uid != 0 {
+		unix.Fchown(fds[0], int(user.uid), int(user.gid)) // both ends are one inode
 	}
 	return fds[0], fds[1], nil
 }

@@ -46,7 +46,6 @@ type processService struct {
 	users    *userDB
 	settings *settings
 	spawner  *spawner
-	cgroups  *cgroups
 	poller   *poller
 	memory   *outputMemory
 	stopping <-chan struct{}
@@ -287,11 +286,6 @@ func (s *processService) start(ctx context.Context, req *pb.StartRequest) (_ *pr
 	} else if err = p.openFiles(req, spec, s.poller); err != nil {
 		spec.closeFds()
 	} else {
-		group := "user"
-		if spec.terminal {
-			group = "ptys"
-		}
-		spec.leaf = s.cgroups.acquire(group)
 		p.child, err = s.spawner.start(ctx, spec)
 	}
 	if err != nil {
@@ -305,7 +299,6 @@ func (s *processService) start(ctx context.Context, req *pb.StartRequest) (_ *pr
 		}
 		p.log.finish()
 		p.log.forget()
-		s.cgroups.release(spec.leaf)
 		return nil, nil, startError(req, spec.dir, err)
 	}
 	p.pid = uint32(p.child.pid())
@@ -402,7 +395,7 @@ func (p *process) openFiles(req *pb.StartRequest, spec *spawnSpec, poller *polle
 		return nil
 	}
 	if req.Stdin == nil || req.GetStdin() {
-		read, write, err := pipe()
+		read, write, err := pipe(spec.user)
 		if err != nil {
 			return err
 		}
@@ -411,7 +404,7 @@ func (p *process) openFiles(req *pb.StartRequest, spec *spawnSpec, poller *polle
 		return &os.PathError{Op: "open", Path: "/dev/null", Err: err}
 	}
 	for i, kind := range []outputKind{stdoutKind, stderrKind} {
-		read, write, err := pipe()
+		read, write, err := pipe(spec.user)
 		if err != nil {
 			return err
 		}
@@ -475,7 +468,7 @@ func (s *processService) finish(p *process) {
 	p.end.StartTime, p.end.EndTime = timestamppb.New(p.started), timestamppb.New(p.child.end)
 	p.end.OutputOpen = p.open.Load() > 0
 	p.log.finish()
-	s.cgroups.release(p.child.leaf)
+	s.spawner.cgroups.release(p.child.leaf)
 	slog.Debug("process ended", "logger", "process", "event_type", "process_end", "pid", p.pid, "status", p.end.Status)
 }
 

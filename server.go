@@ -9,12 +9,14 @@ import (
 	"container/list"
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -28,6 +30,7 @@ type serverOptions struct {
 	headerTimeout  time.Duration
 	idleTimeout    time.Duration
 	maxWaiting     int
+	maxRequests    int
 }
 
 type route struct {
@@ -45,12 +48,13 @@ type server struct {
 	services map[string]http.Handler
 	rpcError *connect.ErrorWriter
 	waiting  waitingConns
+	requests atomic.Int64
 }
 
 func newServer(o serverOptions, token *accessToken, settings *settings, users *userDB) *server {
 	s := &server{serverOptions: o, token: token, settings: settings, users: users, routes: map[string][]route{},
 		services: map[string]http.Handler{}, rpcError: connect.NewErrorWriter()}
-	s.waiting.max = o.maxWaiting
+	s.waiting = waitingConns{max: o.maxWaiting, conns: map[net.Conn]*list.Element{}}
 	s.handle(route{"GET", "/health", true, s.health})
 	s.handle(route{"GET", "/envs", false, s.envs})
 	return s
@@ -77,6 +81,11 @@ func (s *server) httpServer() *http.Server {
 
 type connKey struct{}
 
+func connOf(r *http.Request) net.Conn {
+	conn, _ := r.Context().Value(connKey{}).(net.Conn)
+	return conn
+}
+
 // streamSendBuffer bounds, in bytes, what the kernel holds of a stream: what is lost in it when a connection breaks must still
 // be in the output log. The kernel doubles the figure for its own overhead (socket(7), SO_SNDBUF).
 const streamSendBuffer = 64 << 10
@@ -84,6 +93,15 @@ const streamSendBuffer = 64 << 10
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if s.cors(w, r) {
 		return
+	}
+	defer s.requests.Add(-1)
+	if s.requests.Add(1) > int64(s.maxRequests) && r.URL.Path != "/health" {
+		jsonError(w, http.StatusServiceUnavailable, "too many requests are being served (--max-requests)")
+		return
+	}
+	if conn := connOf(r); r.ProtoMajor == 1 && r.ContentLength != 0 {
+		s.waiting.set(conn, true)
+		r.Body = &countedBody{r.Body, func() { s.waiting.set(conn, false) }}
 	}
 	if reason := s.refusal(r); reason != "" {
 		jsonError(w, http.StatusForbidden, reason)
@@ -141,7 +159,7 @@ func (s *server) serveRPC(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
-	if conn, ok := r.Context().Value(connKey{}).(*net.TCPConn); ok {
+	if conn, ok := connOf(r).(*net.TCPConn); ok {
 		conn.SetWriteBuffer(streamSendBuffer)
 	}
 	service.ServeHTTP(w, r)
@@ -233,8 +251,8 @@ func (s *server) envs(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, s.settings.environment())
 }
 
-// waitingConns bounds the connections that no request is being served on, half-open ones above all: each costs some
-// 10 KiB. Beyond the bound the one that has waited longest is closed.
+// waitingConns bounds the HTTP/1 connections that wait for their client: for a request, half-open ones among them, or for the
+// rest of its body. Each costs some 20 KiB. Beyond the bound the one that has waited longest is closed.
 type waitingConns struct {
 	max int
 
@@ -244,23 +262,49 @@ type waitingConns struct {
 }
 
 func (wc *waitingConns) changed(c net.Conn, state http.ConnState) {
-	var evicted net.Conn
+	wc.set(c, state == http.StateNew || state == http.StateIdle)
+}
+
+func (wc *waitingConns) set(c net.Conn, waits bool) {
 	wc.mu.Lock()
-	if wc.conns == nil {
-		wc.conns = map[net.Conn]*list.Element{}
+	defer wc.mu.Unlock()
+	wc.removeLocked(c)
+	if waits {
+		wc.conns[c] = wc.order.PushBack(c)
 	}
+	if wc.order.Len() > wc.max {
+		oldest := wc.order.Front().Value.(net.Conn)
+		wc.removeLocked(oldest)
+		oldest.Close()
+	}
+}
+
+func (wc *waitingConns) removeLocked(c net.Conn) {
 	if e := wc.conns[c]; e != nil {
 		wc.order.Remove(e)
 		delete(wc.conns, c)
 	}
-	if state == http.StateNew || state == http.StateIdle {
-		wc.conns[c] = wc.order.PushBack(c)
-		if wc.order.Len() > wc.max {
-			evicted = wc.order.Front().Value.(net.Conn)
-		}
+}
+
+// closeAll is for the end, which waits for requests but not for their clients.
+func (wc *waitingConns) closeAll() {
+	wc.mu.Lock()
+	defer wc.mu.Unlock()
+	for c := range wc.conns {
+		c.Close()
 	}
-	wc.mu.Unlock()
-	if evicted != nil {
-		evicted.Close()
+}
+
+// countedBody is a request's body; while it is not complete the connection counts as waiting.
+type countedBody struct {
+	io.ReadCloser
+	complete func()
+}
+
+func (b *countedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err != nil {
+		b.complete()
 	}
+	return n, err
 }

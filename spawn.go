@@ -106,7 +106,7 @@ type spawnSpec struct {
 	user      account
 	fds       [3]int      // become 0 to 2; closed by start
 	terminal  bool        // fds[0] becomes the controlling terminal
-	leaf      *cgroupLeaf // nil: stays in the daemon's cgroup
+	leaf      *cgroupLeaf // found by start; nil: stays in the daemon's cgroup
 }
 
 func (spec *spawnSpec) closeFds() {
@@ -156,6 +156,7 @@ var (
 type spawner struct {
 	launchTimeout time.Duration
 	poller        *poller
+	cgroups       *cgroups
 	inFlight      chan struct{}
 
 	mu       sync.Mutex // protects what follows and every child's reaped: registration, delivery and kill exclude each other
@@ -268,6 +269,11 @@ func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
 		spec.closeFds()
 		return nil, errTooManyLaunches
 	}
+	group := "user"
+	if spec.terminal {
+		group = "ptys"
+	}
+	spec.leaf = s.cgroups.acquire(group)
 	type result struct {
 		c   *child
 		err error
@@ -276,6 +282,9 @@ func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
 	go func() {
 		c, err := s.launch(l)
 		spec.closeFds()
+		if err != nil {
+			s.cgroups.release(spec.leaf)
+		}
 		<-s.inFlight
 		launched <- result{c, err}
 	}()
@@ -296,6 +305,12 @@ func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
 	if l.current != nil {
 		s.signalLocked(l.current, l.current.pid(), syscall.SIGKILL)
 	}
+	go func() {
+		if r := <-launched; r.err == nil { // it came to be all the same
+			s.wait(r.c)
+			s.cgroups.release(spec.leaf)
+		}
+	}()
 	return nil, err
 }
 
@@ -339,10 +354,9 @@ func (s *spawner) attempt(l *launch, paths, argv []string) (*child, failedExec, 
 
 	s.mu.Lock()
 	delete(s.launches, l)
-	doomed := l.doomed
 	if errno == 0 && !c.reaped {
 		s.children[pid] = c
-		if doomed {
+		if l.doomed {
 			s.signalLocked(c, pid, syscall.SIGKILL)
 		}
 	}
@@ -351,7 +365,7 @@ func (s *spawner) attempt(l *launch, paths, argv []string) (*child, failedExec, 
 		return nil, failedExec{}, &launchError{"fork", errno}
 	}
 	failed, err := list.outcome(paths)
-	if err != nil || failed.errno != 0 || doomed {
+	if err != nil || failed.errno != 0 {
 		s.wait(c)
 	}
 	return c, failed, err
