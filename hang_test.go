@@ -74,7 +74,8 @@ var hostileUID = 64000 + os.Getpid()%1000
 func runAsHostile(t *testing.T, role ...string) (pid int) {
 	t.Helper()
 	cmd := exec.Command(helperBinary(t), role...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(hostileUID), Gid: uint32(hostileUID)}}
+	hostile := uint32(hostileUID)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: hostile, Gid: hostile}}
 	stdin, err1 := cmd.StdinPipe()
 	stdout, err2 := cmd.StdoutPipe()
 	if err := errors.Join(err1, err2, cmd.Start()); err != nil {
@@ -136,7 +137,11 @@ func hostileProcesses(except ...int) (pids []int) {
 func hungFUSE(t *testing.T, dir string, answers, takes bool) (abort func()) {
 	t.Helper()
 	runtime.LockOSThread() // for good: the thread ends with the test
-	if err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")); err != nil {
+	err := unix.Unshare(unix.CLONE_NEWNS)
+	if err == nil {
+		err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+	}
+	if err != nil {
 		t.Skipf("needs a mount namespace: %v", err)
 	}
 	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
@@ -231,7 +236,8 @@ func timely(t *testing.T, measure func() error) {
 	}
 }
 
-// unharmed lets the daemon work, with much garbage to collect, while `hang` runs; /health and other starts must stay quick.
+// unharmed lets the daemon work, with much garbage to collect, while `hang` runs; /health and other starts must stay
+// quick.
 func unharmed(t *testing.T, d *daemon, hang func() error) error {
 	t.Helper()
 	slowestHealth, slowestStart := 50*time.Millisecond, time.Second
@@ -303,13 +309,15 @@ func unharmed(t *testing.T, d *daemon, hang func() error) error {
 	slices.Sort(health)
 	slices.Sort(starts)
 	if len(health) < 20 || len(starts) < 5 || calls < 1 {
-		return errors.Join(err, fmt.Errorf("only %d /health, %d starts of true, %d of head meanwhile", len(health), len(starts), calls))
+		return errors.Join(err, fmt.Errorf("only %d /health, %d starts of true, %d of head meanwhile", len(health),
+			len(starts), calls))
 	}
 	p99, worst := health[len(health)*99/100], starts[len(starts)-1]
 	t.Logf("/health %d times: p50 %v, p99 %v, worst %v; /bin/true %d times: p50 %v, worst %v; %d times 4 MiB", len(health),
 		health[len(health)/2], p99, health[len(health)-1], len(starts), starts[len(starts)/2], worst, calls)
 	if p99 > slowestHealth || worst > slowestStart {
-		err = errors.Join(err, fmt.Errorf("/health p99 %v, want less than %v; a start of /bin/true took %v", p99, slowestHealth, worst))
+		err = errors.Join(err, fmt.Errorf("/health p99 %v, want less than %v; a start of /bin/true took %v", p99,
+			slowestHealth, worst))
 	}
 	return err
 }
@@ -420,7 +428,7 @@ func TestHangingExec(t *testing.T) {
 		t.Run("a hundred at once", func(t *testing.T) {
 			program := leasedProgram(t)
 			d := startDaemonWithHostile(t)
-			h := hangs{command: argv(program), options: []callOption{withUser("hostile"), withCwd("/")}, tools: hostileProcesses()}
+			h := hangs{argv(program), []callOption{withUser("hostile"), withCwd("/")}, hostileProcesses()}
 			before := d.ownDescriptors()
 			manyHang(t, d, h, 100, 2*time.Second, 3*time.Second)
 			leavesNothing(t, d, h)
@@ -488,7 +496,7 @@ func TestHangingExec(t *testing.T) {
 	t.Run("loop of SIGSTOP", func(t *testing.T) {
 		d := startDaemonWithHostile(t)
 		tool := runAsHostile(t, "stop-everybody")
-		h := hangs{command: argv("/bin/sleep", "1000"), options: []callOption{withUser("hostile"), withCwd("/")}, tools: []int{tool}}
+		h := hangs{argv("/bin/sleep", "1000"), []callOption{withUser("hostile"), withCwd("/")}, []int{tool}}
 		manyHang(t, d, h, 10, time.Second, 3*time.Second)
 		leavesNothing(t, d, h)
 
@@ -560,7 +568,7 @@ func TestHangingExec(t *testing.T) {
 	})
 }
 
-// More starts hang than the daemon lets hang at once: what is too much is refused at once, and the rest of the daemon works.
+// More starts hang than the daemon lets hang at once: what is too much is refused, and the rest of the daemon works.
 func TestTooManyHangingStarts(t *testing.T) {
 	needRoot(t)
 	program := leasedProgram(t)
@@ -588,7 +596,8 @@ func TestTooManyHangingStarts(t *testing.T) {
 	waitFor(t, 4*time.Second, "many that hang", func() bool { return len(descendantsOf(d.pid)) > 50 })
 	d.healthy(t)
 	wait.Wait()
-	t.Logf("%d hung, %d were refused, all within %v", hung.Load(), refused.Load(), time.Since(begin).Round(time.Millisecond))
+	took := time.Since(begin).Round(time.Millisecond)
+	t.Logf("%d hung, %d were refused, all within %v", hung.Load(), refused.Load(), took)
 	if hung.Load() < 100 {
 		t.Errorf("only %d starts could hang at once", hung.Load())
 	}
