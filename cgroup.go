@@ -57,7 +57,9 @@ type cgroupLeaf struct {
 // openCgroups takes a root in a cgroup2 hierarchy, or makes it there; it must be writable.
 func openCgroups(root string) (*cgroups, error) {
 	if isCgroup2(filepath.Dir(root)) {
-		os.Mkdir(root, 0o755)
+		if err := os.Mkdir(root, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, err
+		}
 	}
 	if !isCgroup2(root) {
 		return nil, fmt.Errorf("%s is not in a cgroup2 hierarchy", root)

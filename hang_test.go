@@ -269,7 +269,7 @@ func unharmed(t *testing.T, d *daemon, hang func() error) error {
 	}
 	_, control := runRole(t, nil, "serve-nothing")
 	stop := make(chan struct{})
-	var health, bare, starts []time.Duration
+	var health, idle, starts, forks []time.Duration
 	var calls int
 	var wait sync.WaitGroup
 	loop := func(f func()) {
@@ -285,7 +285,7 @@ func unharmed(t *testing.T, d *daemon, hang func() error) error {
 		})
 	}
 	loop(func() {
-		for url, times := range map[string]*[]time.Duration{d.url + "/health": &health, "http://" + control: &bare} {
+		for url, times := range map[string]*[]time.Duration{d.url + "/health": &health, "http://" + control: &idle} {
 			start := time.Now()
 			response, err := d.http.Get(url)
 			if err != nil {
@@ -312,6 +312,11 @@ func unharmed(t *testing.T, d *daemon, hang func() error) error {
 			t.Errorf("Start of /bin/true: %v, %d ends", r.err, r.ends)
 		}
 		starts = append(starts, time.Since(start))
+		start = time.Now()
+		if err := exec.Command("/bin/true").Run(); err != nil {
+			t.Errorf("/bin/true: %v", err)
+		}
+		forks = append(forks, time.Since(start))
 		time.Sleep(5 * time.Millisecond)
 	})
 	loop(func() { // megabytes of output: a collection every few of them
@@ -332,21 +337,24 @@ func unharmed(t *testing.T, d *daemon, hang func() error) error {
 	err := hang()
 	close(stop)
 	wait.Wait()
-	slices.Sort(health)
-	slices.Sort(bare)
-	slices.Sort(starts)
+	for _, times := range [][]time.Duration{health, idle, starts, forks} {
+		slices.Sort(times)
+	}
 	if len(health) < 20 || len(starts) < 5 || calls < 1 {
 		return errors.Join(err, fmt.Errorf("only %d /health, %d starts of true, %d of head meanwhile", len(health),
 			len(starts), calls))
 	}
-	p99, worst := health[len(health)*99/100], starts[len(starts)-1]
-	machine := bare[len(bare)*99/100]
-	t.Logf("/health %d times: p50 %v, p99 %v, worst %v (an idle server: p99 %v); /bin/true %d times: p50 %v, worst %v; "+
-		"%d times 4 MiB", len(health), health[len(health)/2], p99, health[len(health)-1], machine, len(starts),
-		starts[len(starts)/2], worst, calls)
-	if slowestHealth = max(slowestHealth, 3*machine); p99 > slowestHealth || worst > slowestStart {
-		err = errors.Join(err, fmt.Errorf("/health p99 %v, want less than %v; a start of /bin/true took %v", p99,
-			slowestHealth, worst))
+	// What the machine is too busy for, the daemon cannot do either: an idle server, a fork without a daemon.
+	p99, idleP99 := health[len(health)*99/100], idle[len(idle)*99/100]
+	worst, worstFork := starts[len(starts)-1], forks[len(forks)-1]
+	t.Logf("/health %d times: p50 %v, p99 %v (an idle server %v), worst %v; /bin/true %d times: p50 %v, worst %v (a fork %v); "+
+		"%d times 4 MiB", len(health), health[len(health)/2], p99, idleP99, health[len(health)-1], len(starts),
+		starts[len(starts)/2], worst, worstFork, calls)
+	if slowestHealth = max(slowestHealth, 3*idleP99); p99 > slowestHealth {
+		err = errors.Join(err, fmt.Errorf("/health p99 %v, want less than %v", p99, slowestHealth))
+	}
+	if slowestStart = max(slowestStart, 3*worstFork); worst > slowestStart {
+		err = errors.Join(err, fmt.Errorf("a start of /bin/true took %v, want less than %v", worst, slowestStart))
 	}
 	return err
 }
@@ -406,7 +414,7 @@ func manyHang(t *testing.T, d *daemon, h hangs, n int, first, last time.Duration
 // leavesNothing expects that no child is left of what hung.
 func leavesNothing(t *testing.T, d *daemon, h hangs) {
 	t.Helper()
-	waitFor(t, 2*time.Second, "the children that hung are gone", func() bool {
+	waitFor(t, 10*time.Second, "the children that hung are gone", func() bool {
 		return len(hostileProcesses(h.tools...)) == 0 && len(descendantsOf(d.pid)) == 0
 	})
 	if list := d.list(t); len(list) != 0 {

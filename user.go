@@ -2,7 +2,7 @@
 //
 // Images add users while they run, so each lookup checks whether the files are still the same (device, inode, size, mtime,
 // ctime) and reads them again when not. os/user is not used: it remembers the current user for ever and fills gaps from
-// the environment. An image without /etc/passwd still has root. Formats: passwd(5), group(5).
+// the environment. Formats: passwd(5), group(5).
 
 package main
 
@@ -88,8 +88,14 @@ func (db *userDB) refreshLocked() {
 		a.groups = slices.Compact(a.groups)
 		db.accounts[a.name], db.userNames[a.uid] = a, a.name
 	})
-	if passwd.size < 0 {
-		db.accounts["root"], db.userNames[0] = account{name: "root", home: "/root", groups: []uint32{0}}, "root"
+	// Whoever runs envd can always be acted for, also with no line of its own or no database at all.
+	self := account{name: strconv.Itoa(os.Geteuid()), home: "/", uid: uint32(os.Geteuid()), gid: uint32(os.Getegid())}
+	if self.uid == 0 {
+		self.name, self.home = "root", "/root"
+	}
+	if _, known := db.userNames[self.uid]; !known {
+		self.groups = []uint32{self.gid}
+		db.accounts[self.name], db.userNames[self.uid] = self, self.name
 	}
 }
 
