@@ -203,6 +203,16 @@ func (in *inputPipe) write(ctx context.Context, data []byte) error {
 	return err
 }
 
+// resize is for a terminal.
+func (in *inputPipe) resize(cols, rows uint32) error {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.closed {
+		return os.ErrClosed
+	}
+	return resizePTY(in.fd, cols, rows)
+}
+
 // closeInTurn lets writes that came before finish.
 func (in *inputPipe) closeInTurn(ctx context.Context) error {
 	if err := in.take(ctx); err != nil {

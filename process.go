@@ -63,7 +63,7 @@ type process struct {
 	child    *child
 	log      *outputLog
 	outputs  []*outputPipe
-	pty      int        // descriptor of the terminal's master, -1 without one
+	terminal bool
 	input    *inputPipe // nil: /dev/null
 	started  time.Time
 	signaled atomic.Bool // by a client or its timeout: then nobody waits for background children
@@ -278,7 +278,7 @@ func (s *processService) start(ctx context.Context, req *pb.StartRequest) (_ *pr
 	if err != nil {
 		return nil, nil, err
 	}
-	p := &process{config: req.Process, tag: req.Tag, pty: -1, log: s.memory.newLog(), started: time.Now(), eof: make(chan struct{})}
+	p := &process{config: req.Process, tag: req.Tag, terminal: req.Pty != nil, log: s.memory.newLog(), started: time.Now(), eof: make(chan struct{})}
 	// Subscribed before anything runs: no byte is older than the stream.
 	sub, _, _ := p.log.subscribe(0, requestOf(ctx).breakStream)
 	if !s.admit(1) {
@@ -377,7 +377,7 @@ func (p *process) openFiles(req *pb.StartRequest, spec *spawnSpec, poller *polle
 		if err != nil {
 			return err
 		}
-		spec.fds[0], p.pty = slave, master
+		spec.fds[0] = slave
 		if err := output(ptyKind, master); err != nil {
 			return err
 		}
@@ -567,31 +567,32 @@ func (s *processService) find(selector *pb.ProcessSelector, alsoEnded bool) (*pr
 	return found, nil
 }
 
-func (s *processService) Update(ctx context.Context, req *connect.Request[pb.UpdateRequest]) (*connect.Response[pb.UpdateResponse], error) {
-	p, err := s.find(req.Msg.GetProcess(), false)
+// reply is the answer of a call that has nothing to tell but whether it failed.
+func reply[T any](err error) (*connect.Response[T], error) {
 	if err != nil {
 		return nil, err
 	}
-	if size := req.Msg.GetPty().GetSize(); size != nil {
-		if p.pty < 0 {
-			return nil, wireError(connect.CodeInternal, "error resizing tty: tty not assigned to process")
-		}
-		if err := resizePTY(p.pty, size.GetCols(), size.GetRows()); err != nil {
-			return nil, wireError(connect.CodeInternal, "error resizing tty: %w", err)
+	return connect.NewResponse(new(T)), nil
+}
+
+func (s *processService) Update(_ context.Context, req *connect.Request[pb.UpdateRequest]) (*connect.Response[pb.UpdateResponse], error) {
+	p, err := s.find(req.Msg.GetProcess(), false)
+	if size := req.Msg.GetPty().GetSize(); err == nil && size != nil {
+		if !p.terminal {
+			err = wireError(connect.CodeInternal, "error resizing tty: tty not assigned to process")
+		} else if failure := p.input.resize(size.GetCols(), size.GetRows()); failure != nil {
+			err = wireError(connect.CodeInternal, "error resizing tty: %w", failure)
 		}
 	}
-	return connect.NewResponse(&pb.UpdateResponse{}), nil
+	return reply[pb.UpdateResponse](err)
 }
 
 func (s *processService) SendInput(ctx context.Context, req *connect.Request[pb.SendInputRequest]) (*connect.Response[pb.SendInputResponse], error) {
 	p, err := s.find(req.Msg.GetProcess(), false)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		err = p.write(ctx, req.Msg.GetInput())
 	}
-	if err := p.write(ctx, req.Msg.GetInput()); err != nil {
-		return nil, err
-	}
-	return connect.NewResponse(&pb.SendInputResponse{}), nil
+	return reply[pb.SendInputResponse](err)
 }
 
 func (s *processService) StreamInput(ctx context.Context, stream *connect.ClientStream[pb.StreamInputRequest]) (*connect.Response[pb.StreamInputResponse], error) {
@@ -633,7 +634,7 @@ func (p *process) write(ctx context.Context, input *pb.ProcessInput) error {
 	}
 	switch in := input.GetInput().(type) {
 	case *pb.ProcessInput_Stdin:
-		if p.pty >= 0 {
+		if p.terminal {
 			return fail("stdin", "tty assigned to process %d, which takes its input as pty", p.pid)
 		}
 		if p.input == nil {
@@ -645,7 +646,7 @@ func (p *process) write(ctx context.Context, input *pb.ProcessInput) error {
 			return fail("stdin", "error writing to stdin of process '%d': %w", p.pid, err)
 		}
 	case *pb.ProcessInput_Pty:
-		if p.pty < 0 {
+		if !p.terminal {
 			return fail("tty", "tty not assigned to process %d, which takes its input as stdin", p.pid)
 		}
 		if err := p.input.write(ctx, in.Pty); err != nil {
@@ -659,41 +660,32 @@ func (p *process) write(ctx context.Context, input *pb.ProcessInput) error {
 
 func (s *processService) CloseStdin(ctx context.Context, req *connect.Request[pb.CloseStdinRequest]) (*connect.Response[pb.CloseStdinResponse], error) {
 	p, err := s.find(req.Msg.GetProcess(), false)
-	if err != nil {
-		return nil, err
+	switch {
+	case err != nil:
+	case p.terminal:
+		err = wireError(connect.CodeFailedPrecondition,
+			"error closing stdin: cannot close stdin for PTY process — send Ctrl+D (0x04) instead")
+	case p.input != nil:
+		err = p.input.closeInTurn(ctx)
 	}
-	if p.pty >= 0 {
-		return nil, connect.NewError(connect.CodeFailedPrecondition,
-			errors.New("error closing stdin: cannot close stdin for PTY process — send Ctrl+D (0x04) instead"))
-	}
-	if p.input != nil {
-		if err := p.input.closeInTurn(ctx); err != nil {
-			return nil, err
-		}
-	}
-	return connect.NewResponse(&pb.CloseStdinResponse{}), nil
+	return reply[pb.CloseStdinResponse](err)
 }
 
-func (s *processService) SendSignal(ctx context.Context, req *connect.Request[pb.SendSignalRequest]) (*connect.Response[pb.SendSignalResponse], error) {
+func (s *processService) SendSignal(_ context.Context, req *connect.Request[pb.SendSignalRequest]) (*connect.Response[pb.SendSignalResponse], error) {
 	p, err := s.find(req.Msg.GetProcess(), true)
-	if err != nil {
-		return nil, err
-	}
-	switch req.Msg.GetSignal() {
-	case pb.Signal_SIGNAL_SIGKILL, pb.Signal_SIGNAL_SIGTERM:
+	sig := req.Msg.GetSignal()
+	switch {
+	case err != nil:
+	case sig != pb.Signal_SIGNAL_SIGKILL && sig != pb.Signal_SIGNAL_SIGTERM:
+		err = wireError(connect.CodeInvalidArgument, "invalid signal: %s", sig)
 	default:
-		return nil, wireError(connect.CodeInvalidArgument, "invalid signal: %s", req.Msg.GetSignal())
-	}
-	if err := s.signal(p, syscall.Signal(req.Msg.GetSignal())); err != nil {
-		select {
-		case <-p.child.exited: // nothing is left of its tree: for clients it is gone
-			_, err = s.find(req.Msg.GetProcess(), false)
-			return nil, err
-		default:
+		if failure := s.signal(p, syscall.Signal(sig)); failure == os.ErrProcessDone {
+			_, err = s.find(req.Msg.GetProcess(), false) // nothing is left of its tree: for clients it is gone
+		} else if failure != nil {
+			err = wireError(connect.CodeInternal, "error sending signal: %w", failure)
 		}
-		return nil, wireError(connect.CodeInternal, "error sending signal: %w", err)
 	}
-	return connect.NewResponse(&pb.SendSignalResponse{}), nil
+	return reply[pb.SendSignalResponse](err)
 }
 
 func (s *processService) signal(p *process, sig syscall.Signal) error {
