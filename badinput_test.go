@@ -106,7 +106,7 @@ func TestManyArguments(t *testing.T) {
 	// What the kernel refuses (one argument of more than 128 KiB, more than a quarter of the stack limit) is told as such.
 	for what, args := range map[string][]string{
 		"one argument of 1 MiB": argv("true", strings.Repeat("a", 1<<20)),
-		"32 MiB in all":         append(argv("true"), slices.Repeat(argv(strings.Repeat("a", 100_000)), 320)...),
+		"12 MiB in all":         append(argv("true"), slices.Repeat(argv(strings.Repeat("a", 100_000)), 120)...),
 	} {
 		s, err := d.open(t, args)
 		var r runResult

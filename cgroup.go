@@ -69,6 +69,10 @@ func openCgroups(root string) (*cgroups, error) {
 			return nil, err
 		}
 		sweep(filepath.Join(root, group, "[0-9]*"))
+		for _, controller := range []string{"+memory", "+cpu", "+io", "+pids"} { // as far as there are any
+			os.WriteFile(filepath.Join(root, "cgroup.subtree_control"), []byte(controller), 0)
+			os.WriteFile(filepath.Join(root, group, "cgroup.subtree_control"), []byte(controller), 0)
+		}
 	}
 	return &cgroups{root: root, idle: map[string][]*cgroupDir{}}, nil
 }
@@ -175,6 +179,12 @@ func (g *cgroups) release(l *cgroupLeaf) {
 	defer g.mu.Unlock()
 	g.filled = append(g.filled, l)
 	g.recycleLocked()
+}
+
+// discard gives up a leaf that nothing can be started in.
+func (g *cgroups) discard(l *cgroupLeaf) {
+	l.dir.killed = true
+	g.release(l)
 }
 
 func (g *cgroups) recycleLocked() {
@@ -286,7 +296,7 @@ func (d *cgroupDir) pids() (pids []int) {
 // memory tells, of a leaf that has not been released, whether the OOM killer struck in it, and the most bytes that it held
 // at once; 0 where the kernel does not count.
 func (l *cgroupLeaf) memory() (oomKilled bool, peak uint64) {
-	if l == nil || l.dir.peak < 0 {
+	if l == nil {
 		return false, 0
 	}
 	var buf [32]byte
@@ -297,9 +307,6 @@ func (l *cgroupLeaf) memory() (oomKilled bool, peak uint64) {
 
 // oomKills is a counter that never goes back.
 func (d *cgroupDir) oomKills() uint64 {
-	if d.peak < 0 {
-		return 0
-	}
 	text, _ := os.ReadFile(d.path + "/memory.events")
 	_, count, _ := strings.Cut(string(text), "oom_kill ")
 	count, _, _ = strings.Cut(count, "\n")

@@ -14,8 +14,14 @@ import (
 	"time"
 )
 
-// initBodyLimit bounds the body, in bytes; 10 MiB of environment is far beyond what execve(2) takes.
-const initBodyLimit = 16 << 20
+// Bounds of the body, in bytes: anyone may send one, and it is read before its token is known. 1 MiB of environment is what
+// execve(2) takes at best. Few of the larger ones are read at a time.
+const (
+	initBodyLimit = 1 << 20
+	initBodySmall = 64 << 10
+)
+
+var largeInits = make(chan struct{}, 8)
 
 type initService struct {
 	version  string
@@ -42,7 +48,18 @@ type initRequest struct {
 }
 
 func parseInit(body io.Reader) (*initRequest, error) {
-	text, err := io.ReadAll(body)
+	text, err := io.ReadAll(io.LimitReader(body, initBodySmall))
+	if err == nil && len(text) == initBodySmall {
+		select {
+		case largeInits <- struct{}{}:
+			defer func() { <-largeInits }()
+		default:
+			return nil, errors.New("too many large bodies are being read")
+		}
+		var rest []byte
+		rest, err = io.ReadAll(body)
+		text = append(text, rest...)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the body: %w", err)
 	}
@@ -96,6 +113,7 @@ func (s *initService) authorize(req *initRequest) error {
 
 func (s *initService) serve(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("X-Envd-Version", s.version)
+	http.NewResponseController(w).SetReadDeadline(time.Now().Add(30 * time.Second))
 	req, err := parseInit(http.MaxBytesReader(w, r.Body, initBodyLimit))
 	if err != nil {
 		jsonError(w, http.StatusBadRequest, err.Error())

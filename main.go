@@ -144,7 +144,7 @@ func main() {
 func run(c *config) int {
 	slog.SetDefault(newLogger(os.Stdout, c.server.isnotfc))
 	debug.SetGCPercent(50) // memory is dearer than time: the live heap is a few MiB, mostly output
-	prepareProcess()
+	prepareProcess(c)
 	listener, err := net.Listen("tcp", net.JoinHostPort(c.listen, strconv.Itoa(c.port)))
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "envd:", err)
@@ -162,7 +162,7 @@ func run(c *config) int {
 		return 1
 	}
 	spawner := newSpawner(c.startTimeout, poller)
-	spawner.cgroups = openCgroupRoot(c, spawner.canUse)
+	spawner.cgroups = openCgroupRoot(c)
 	defer spawner.cgroups.close()
 	stopping := make(chan struct{})
 	memory := &c.output
@@ -183,12 +183,16 @@ func run(c *config) int {
 	srv.service(pb.NewProcessHandler(processes, rpcOptions...))
 	httpServer := srv.httpServer()
 
-	stopMachinery, machinery := make(chan struct{}), make(chan struct{}, 2)
-	go func() { poller.run(); machinery <- struct{}{} }()
+	// These live as long as the daemon does.
+	go poller.run()
 	if os.Getpid() == 1 {
-		go spawner.reapOrphans(stopMachinery)
+		go spawner.reapOrphans()
 	}
-	go func() { tickSeconds(processes.tick, stopMachinery); machinery <- struct{}{} }()
+	go func() {
+		for now := range time.Tick(time.Second) {
+			processes.tick(now)
+		}
+	}()
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	failed := make(chan error, 1)
@@ -213,16 +217,15 @@ func run(c *config) int {
 	if err := httpServer.Shutdown(ctx); err != nil {
 		httpServer.Close()
 	}
-	close(stopMachinery)
-	poller.close()
-	<-machinery
-	<-machinery
 	return code
 }
 
+// maxMessage bounds a request's message, in bytes, decompressed: it is held in memory a few times over.
+const maxMessage = 16 << 20
+
 // rpcOptions are common to both services. Compressed requests are taken, but nothing is worth compressing on the way from a
 // guest to its host: it would cost ten times what the transfer costs.
-var rpcOptions = []connect.HandlerOption{connect.WithRecover(recovered), connect.WithCompressMinBytes(math.MaxInt),
+var rpcOptions = []connect.HandlerOption{connect.WithRecover(recovered), connect.WithCompressMinBytes(math.MaxInt), connect.WithReadMaxBytes(maxMessage),
 	connect.WithCodec(protoCodec{}), connect.WithCodec(jsonCodec{"json"}), connect.WithCodec(jsonCodec{"json; charset=utf-8"})}
 
 // recovered answers for a handler that panicked: an error of that request only.
@@ -231,25 +234,15 @@ func recovered(_ context.Context, spec connect.Spec, _ http.Header, reason any) 
 	return connect.NewError(connect.CodeInternal, errors.New("internal error"))
 }
 
-func tickSeconds(tick func(time.Time), stop <-chan struct{}) {
-	ticker := time.NewTicker(time.Second)
-	defer ticker.Stop()
-	for {
-		select {
-		case now := <-ticker.C:
-			tick(now)
-		case <-stop:
-			return
-		}
-	}
-}
-
 // prepareProcess makes what children inherit independent of how the daemon was started.
-func prepareProcess() {
+func prepareProcess(c *config) {
 	syscall.Umask(0o022)
 	unix.CloseRange(3, 1<<32-1, unix.CLOSE_RANGE_CLOEXEC)
 	if os.Geteuid() == 0 {
 		unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
+		if !c.server.isnotfc { // in a guest the OOM killer takes anyone but the agent
+			os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
+		}
 	}
 }
 
@@ -275,7 +268,7 @@ func writeRunDir(c *config) {
 }
 
 // openCgroupRoot gives nil, and a warning, where there is no cgroup2 to use.
-func openCgroupRoot(c *config, canUse func(*cgroupLeaf) bool) *cgroups {
+func openCgroupRoot(c *config) *cgroups {
 	if c.noCgroups {
 		return nil
 	}
@@ -284,14 +277,6 @@ func openCgroupRoot(c *config, canUse func(*cgroupLeaf) bool) *cgroups {
 		open = openOwnCgroups
 	}
 	cg, err := open()
-	if err == nil {
-		leaf := cg.acquire("user")
-		if !canUse(leaf) {
-			err = errors.New("the kernel kills what is cloned into a cgroup")
-			defer cg.close()
-		}
-		cg.release(leaf)
-	}
 	if err != nil {
 		slog.Warn("no cgroup leaves; process groups serve instead", "logger", "cgroup", "error", err)
 		return nil

@@ -1,6 +1,7 @@
 // The output log of a process: what it wrote, in arrival order, under absolute byte offsets.
 //
-// Rules. With a subscriber attached nothing is dropped: nobody reads the pipe while no subscriber could take more, so that the pipe fills and the child blocks. With nobody attached the oldest bytes go and are counted, so that
+// Rules. With a subscriber attached nothing is dropped: nobody reads the pipe while no subscriber could take more, so that
+// the pipe fills and the child blocks. With nobody attached the oldest bytes go and are counted, so that
 // an unattended process runs on; only for a short grace after its last subscriber left does it wait, because a client
 // that lost its connection comes back for the bytes that were on their way to it. For the same reason bytes that were
 // handed to a connection stay for a while: they may still be in the socket buffers of both sides, the client's above all,
@@ -81,6 +82,8 @@ type subscriber struct {
 	limit    int64         // where this stream ends, once the process has ended; -1 before
 	notify   chan struct{} // holds a value when there may be something new
 	progress time.Time     // when it last took something, or when something to take first appeared
+	given    time.Time     // when it last got something to send
+	slow     bool          // gets small pieces, so that its progress shows
 	done     bool          // told that there is no more
 	cut      bool
 	onCut    func()
@@ -204,7 +207,7 @@ func (l *outputLog) accountLocked(bytes int64) {
 // trimLocked brings this log, then all of them together, back to their bounds.
 func (l *outputLog) trimLocked() {
 	m := l.m
-	for l.droppableLocked() && l.chunks[0].end() <= l.keepFromLocked() {
+	for !l.settled && l.droppableLocked() && l.chunks[0].end() <= l.keepFromLocked() {
 		l.dropLocked()
 	}
 	for m.live > m.liveLimit {
@@ -383,6 +386,9 @@ func (s *subscriber) next() (kind outputKind, data []byte, done, cut bool) {
 	})
 	c := &l.chunks[i]
 	data = c.data[s.pos-c.off:]
+	if s.given = time.Now(); s.slow {
+		data = data[:min(len(data), 8<<10)]
+	}
 	if s.limit >= 0 {
 		data = data[:min(int64(len(data)), s.limit-s.pos)]
 	}
@@ -396,6 +402,8 @@ func (s *subscriber) sent(n int) {
 	l.m.mu.Lock()
 	s.pos += int64(n)
 	s.progress = time.Now()
+	took := s.progress.Sub(s.given)
+	s.slow = took > time.Second || s.slow && took > 50*time.Millisecond
 	l.sent = max(l.sent, s.pos)
 	l.trimLocked()
 	var pull []*reader

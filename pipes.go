@@ -68,16 +68,27 @@ func (o *outputPipe) close() {
 // the log before the process can be said to have ended.
 func (o *outputPipe) drain() (target int64) {
 	o.mu.Lock()
-	readable := 0
-	if !o.eof {
-		readable, _ = unix.IoctlGetInt(o.watch.fd, unix.TIOCINQ) // FIONREAD; 0 with an error
-	}
-	target = o.logged.Load() + int64(readable)
+	target = o.logged.Load() + o.readableLocked()
 	o.mu.Unlock()
 	for o.logged.Load() < target && o.read() {
 	}
 	o.read()
 	return target
+}
+
+// readable counts the bytes that could be read now.
+func (o *outputPipe) readable() int64 {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.readableLocked()
+}
+
+func (o *outputPipe) readableLocked() int64 {
+	if o.eof {
+		return 0
+	}
+	n, _ := unix.IoctlGetInt(o.watch.fd, unix.TIOCINQ) // FIONREAD; 0 with an error
+	return int64(n)
 }
 
 // read moves one piece into the log. It tells whether there may be more at once.

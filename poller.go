@@ -69,12 +69,13 @@ func (p *poller) resume(w *watch) {
 	}
 }
 
-// remove forgets a descriptor and closes it, once, which takes it out of the epoll set.
+// remove forgets a descriptor and closes it, once. Closing alone would leave a duplicated file in the epoll set.
 func (p *poller) remove(w *watch) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.handlers[w.key] == w {
 		delete(p.handlers, w.key)
+		p.controlLocked(unix.EPOLL_CTL_DEL, w)
 		unix.Close(w.fd)
 	}
 }
@@ -83,7 +84,7 @@ func (p *poller) controlLocked(op int, w *watch) error {
 	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(p.epfd, op, w.fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: w.key}))
 }
 
-// run serves until close.
+// run serves for as long as the daemon lives.
 func (p *poller) run() {
 	conn, err := p.file.SyscallConn()
 	if err != nil {
@@ -110,6 +111,3 @@ func (p *poller) run() {
 		}
 	})
 }
-
-// close makes run return.
-func (p *poller) close() { p.file.Close() }

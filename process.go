@@ -1,8 +1,8 @@
 // The Process service: from a request to a process, from a process to its clients.
 //
 // A process is in one of two tables: running, by pid; or ended, kept for a while so that clients that lost their stream
-// can come back for output and exit status. It moves when it has been reaped. Each process has one goroutine a pipe,
-// which fills its output log, and one that waits for its end.
+// can come back for output and exit status. It moves when it has been reaped. The poller fills its output log and sees
+// its end; a goroutine of its own it has only while background children hold its output open.
 
 package main
 
@@ -444,7 +444,10 @@ func (s *processService) exited(p *process) {
 		targets[i] = out.drain()
 	}
 	s.mu.Lock()
-	delete(s.running, p.pid)
+	if s.running[p.pid] == p { // else the pid has a new owner
+		delete(s.running, p.pid)
+	}
+	p.config = nil // may be large
 	s.count--
 	s.ended = append(s.ended, p)
 	s.dropEndedLocked(func(o *process) bool { return len(s.ended) > s.retainCount && o == s.ended[0] })
@@ -490,7 +493,7 @@ func (p *process) linger(targets []int64, silence, grace time.Duration) {
 		complete, sum := true, int64(0)
 		for i, out := range p.outputs {
 			n := out.logged.Load()
-			complete = complete && n >= targets[i]
+			complete = complete && (n >= targets[i] || out.readable() == 0) // somebody else may read a pipe, too
 			sum += n
 		}
 		if !complete {

@@ -101,7 +101,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if conn := connOf(r); r.ProtoMajor == 1 && r.ContentLength != 0 {
 		s.waiting.set(conn, true)
-		r.Body = &countedBody{r.Body, func() { s.waiting.set(conn, false) }}
+		r.Body = &countedBody{r.Body, func(more bool) { s.waiting.set(conn, more) }}
 	}
 	if reason := s.refusal(r); reason != "" {
 		jsonError(w, http.StatusForbidden, reason)
@@ -298,13 +298,11 @@ func (wc *waitingConns) closeAll() {
 // countedBody is a request's body; while it is not complete the connection counts as waiting.
 type countedBody struct {
 	io.ReadCloser
-	complete func()
+	progress func(more bool)
 }
 
 func (b *countedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
-	if err != nil {
-		b.complete()
-	}
+	b.progress(err == nil)
 	return n, err
 }

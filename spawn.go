@@ -94,10 +94,14 @@ func (s *steps) strs(texts []string) uintptr {
 
 // Constants of the child's first steps. Package variables never move.
 var (
-	everySignal  = ^uint64(0)
-	noSignal     uint64
-	defaultHow   [4]uintptr // struct sigaction: SIG_DFL, no flags, empty mask
-	nofile       = [2]uint64{childNofile, childNofile}
+	everySignal = ^uint64(0)
+	noSignal    uint64
+	defaultHow  [4]uintptr // struct sigaction: SIG_DFL, no flags, empty mask
+	nofile      = func() (limit unix.Rlimit) {
+		unix.Getrlimit(unix.RLIMIT_NOFILE, &limit)
+		limit.Cur = min(childNofile, limit.Max)
+		return limit
+	}()
 	oomScore     = []byte("100")
 	oomScorePath = []byte("/proc/self/oom_score_adj\x00")
 )
@@ -178,42 +182,48 @@ func (s *spawner) awaitExit(c *child, exited func()) {
 	if fd, err := unix.PidfdOpen(c.pid(), 0); err == nil {
 		w := &watch{fd: fd}
 		w.ready = func() {
-			s.reap(c)
 			s.poller.remove(w)
-			exited()
+			if s.reap(c) {
+				exited()
+			} else { // its tracer comes first: ptrace(2)
+				go s.waitFor(c, exited)
+			}
 		}
 		if s.poller.add(w) == nil {
 			return
 		}
 		unix.Close(fd)
 	}
-	// No descriptor to be had, or a kernel before 5.3: this child costs a thread.
-	go func() {
-		s.wait(c)
-		exited()
-	}()
+	go s.waitFor(c, exited) // no descriptor to be had, or a kernel before 5.3: this child costs a thread
+}
+
+func (s *spawner) waitFor(c *child, exited func()) {
+	s.wait(c)
+	exited()
 }
 
 // wait blocks until the child has been reaped.
 func (s *spawner) wait(c *child) {
-	for unix.Waitid(unix.P_PID, c.pid(), nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
+	for {
+		err := unix.Waitid(unix.P_PID, c.pid(), nil, unix.WEXITED|unix.WNOWAIT, nil)
+		if s.reap(c) || err != nil && err != unix.EINTR {
+			return
+		}
 	}
-	s.reap(c)
 }
 
-// reap takes the status of a child that is dead.
-func (s *spawner) reap(c *child) {
+// reap takes the status of a child that is dead, and tells whether it has it.
+func (s *spawner) reap(c *child) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var status syscall.WaitStatus
 	var usage syscall.Rusage
-	if c.reaped {
-		return
+	if !c.reaped {
+		if pid, err := syscall.Wait4(c.pid(), &status, syscall.WNOHANG, &usage); err == nil && pid > 0 {
+			s.deliverLocked(c, status, usage)
+		}
 	}
-	if pid, err := syscall.Wait4(c.pid(), &status, syscall.WNOHANG, &usage); err != nil || pid <= 0 {
-		return
-	}
-	s.deliverLocked(c, status, usage)
+	return c.reaped
 }
 
 func (s *spawner) deliverLocked(c *child, status syscall.WaitStatus, usage syscall.Rusage) {
@@ -222,19 +232,13 @@ func (s *spawner) deliverLocked(c *child, status syscall.WaitStatus, usage sysca
 	close(c.exited)
 }
 
-// reapOrphans is init's duty: until stop is closed it takes the status of every process that has lost its parent. The
-// children of envd among them get theirs delivered.
-func (s *spawner) reapOrphans(stop <-chan struct{}) {
+// reapOrphans is init's duty: it takes the status of every process that has lost its parent. The children of envd among
+// them get theirs delivered.
+func (s *spawner) reapOrphans() {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGCHLD)
-	defer signal.Stop(signals)
-	for {
+	for ; ; <-signals {
 		for s.reapAny() {
-		}
-		select {
-		case <-signals:
-		case <-stop:
-			return
 		}
 	}
 }
@@ -317,26 +321,46 @@ func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
 	case <-timer.C:
 		err = errLaunchTimeout
 	}
+	s.doom(l)
+	go func() {
+		again := time.NewTicker(launchHangs) // the child may not have been there yet
+		defer again.Stop()
+		for {
+			select {
+			case r := <-launched:
+				if r.err == nil { // it came to be all the same
+					s.signal(r.c, syscall.SIGKILL)
+					s.wait(r.c)
+					s.cgroups.release(r.c.leaf)
+				}
+				return
+			case <-again.C:
+				s.doom(l)
+			}
+		}
+	}()
+	return nil, err
+}
+
+// doom kills what a launch that nobody waits for has made so far.
+func (s *spawner) doom(l *launch) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	l.doomed = true
 	if l.current != nil {
 		s.signalLocked(l.current, l.current.pid(), syscall.SIGKILL)
 	}
-	go func() {
-		if r := <-launched; r.err == nil { // it came to be all the same
-			s.wait(r.c)
-			s.cgroups.release(spec.leaf)
-		}
-	}()
-	return nil, err
 }
 
 func (s *spawner) launch(l *launch) (*child, error) {
 	paths, argv := candidates(l.spec.argv[0], l.spec.env), l.spec.argv
 	c, failed, err := s.attempt(l, paths, argv)
 	if err == nil && failed.errno == syscall.ENOEXEC && isText(l.spec.dir, failed.path) {
+		binary := failed
 		c, failed, err = s.attempt(l, []string{"/bin/sh"}, append([]string{"/bin/sh", failed.path}, argv[1:]...))
+		if failed.errno != 0 {
+			failed = binary // no shell here
+		}
 	}
 	if err == nil && failed.errno != 0 {
 		code, reason := 126, failed.errno.Error()
@@ -379,6 +403,15 @@ func (s *spawner) attempt(l *launch, paths, argv []string) (*child, failedExec, 
 		}
 	}
 	s.mu.Unlock()
+	if leaf := l.spec.leaf; leaf != nil && list.list[0].result == notReached {
+		// Somebody removed the leaf, or the kernel kills what is cloned into it (cgroupDir.renew says why).
+		if errno == 0 {
+			s.wait(c)
+		}
+		l.spec.leaf = nil
+		s.cgroups.discard(leaf)
+		return s.attempt(l, paths, argv)
+	}
 	if errno != 0 {
 		return nil, failedExec{}, &launchError{"fork", errno}
 	}
@@ -537,20 +570,6 @@ func runSteps(s *steps, leaf *cgroupLeaf, pidSlot *int32) (pid int, errno syscal
 		return 0, syscall.Errno(-r)
 	}
 	return int(r), 0
-}
-
-// canUse tells whether children survive being cloned into the leaf. On Linux 6.18 they do not if the daemon's own cgroup was
-// ever killed (cgroupDir.renew says why).
-func (s *spawner) canUse(leaf *cgroupLeaf) bool {
-	if leaf == nil || clone3Flags == 0 {
-		return false
-	}
-	c := &child{exited: make(chan struct{})}
-	_, errno := runSteps(&steps{list: []step{{nr: noMoreSteps}}}, leaf, &c.pidSlot)
-	if errno == 0 {
-		s.wait(c)
-	}
-	return errno == 0 && c.status.Exited()
 }
 
 // vfork blocks all signals around the clone, since a handler that ran in the child would run in the daemon's memory. The

@@ -88,12 +88,12 @@ func (db *userDB) refreshLocked() {
 		a.groups = slices.Compact(a.groups)
 		db.accounts[a.name], db.userNames[a.uid] = a, a.name
 	})
-	// Whoever runs envd can always be acted for, also with no line of its own or no database at all.
+	// Whoever runs envd can be acted for without a line of its own; root only where there is no database at all.
 	self := account{name: strconv.Itoa(os.Geteuid()), home: "/", uid: uint32(os.Geteuid()), gid: uint32(os.Getegid())}
 	if self.uid == 0 {
 		self.name, self.home = "root", "/root"
 	}
-	if _, known := db.userNames[self.uid]; !known {
+	if _, known := db.userNames[self.uid]; !known && (self.uid != 0 || passwd.size < 0) {
 		self.groups = []uint32{self.gid}
 		db.accounts[self.name], db.userNames[self.uid] = self, self.name
 	}
