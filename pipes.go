@@ -46,7 +46,8 @@ type outputPipe struct {
 
 // newOutputPipe starts to read.
 func newOutputPipe(kind outputKind, fd int, log *outputLog, p *poller, atEnd func()) (*outputPipe, error) {
-	o := &outputPipe{kind: kind, log: log, poller: p, watch: watch{fd: fd}, atEnd: atEnd}
+	o := &outputPipe{kind: kind, log: log, poller: p, atEnd: atEnd,
+		watch: watch{fd: fd, shared: kind == ptyKind}}
 	o.watch.ready = func() { o.read() }
 	o.reader = reader{o.hold, o.resume, o.pull}
 	err := p.add(&o.watch)

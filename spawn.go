@@ -59,7 +59,7 @@ const (
 	notReached  = 1 << 32 // a result that no step has
 
 	launchSlots  = 16                     // starts at once
-	launchHangs  = 100 * time.Millisecond // from then on a start hangs and needs no slot
+	launchHangs  = 100 * time.Millisecond // a start that takes longer hangs, and another may have its slot
 	launchesHung = 256                    // so many may hang without one
 	childNofile  = 1024                   // soft limit of open files that programs expect; the Go runtime has raised the daemon's own
 )
@@ -138,10 +138,12 @@ type child struct {
 
 // launch is a start in progress.
 type launch struct {
-	spec *spawnSpec
+	spec  *spawnSpec
+	begun time.Time
 	// Protected by spawner.mu:
-	current *child // the one between clone and the return of vfork
-	doomed  bool   // nobody waits for it any more
+	slotless bool
+	current  *child // the one between clone and the return of vfork
+	doomed   bool   // nobody waits for it any more
 }
 
 func (c *child) pid() int { return int(atomic.LoadInt32(&c.pidSlot)) }
@@ -164,12 +166,12 @@ type spawner struct {
 	launchTimeout time.Duration
 	poller        *poller
 	cgroups       *cgroups
-	slots         chan struct{} // holds a value for each start that does not hang
-	hung          atomic.Int32
+	slots         chan struct{} // holds a value for each start that has a slot
 
 	mu       sync.Mutex // protects what follows and every child's reaped: registration, delivery and kill exclude each other
 	children map[int]*child
 	launches map[*launch]struct{}
+	hung     int // launches without a slot
 }
 
 func newSpawner(launchTimeout time.Duration, p *poller) *spawner {
@@ -274,14 +276,7 @@ func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
 	timer := time.NewTimer(s.launchTimeout)
 	defer timer.Stop()
 	var err error
-	select {
-	case s.slots <- struct{}{}:
-	case <-ctx.Done():
-		err = ctx.Err()
-	case <-timer.C:
-		err = errTooManyLaunches
-	}
-	if err != nil {
+	if err := s.takeSlot(ctx, timer.C); err != nil {
 		spec.closeFds()
 		return nil, err
 	}
@@ -294,23 +289,20 @@ func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
 		c   *child
 		err error
 	}
-	l, launched := &launch{spec: spec}, make(chan result, 1)
+	l, launched := &launch{spec: spec, begun: time.Now()}, make(chan result, 1)
 	go func() {
-		giveSlot := sync.OnceFunc(func() { <-s.slots })
-		hangs := time.AfterFunc(launchHangs, func() {
-			if s.hung.Add(1) <= launchesHung {
-				giveSlot()
-			}
-		})
 		c, err := s.launch(l)
 		spec.closeFds()
 		if err != nil {
 			s.cgroups.release(spec.leaf)
 		}
-		if !hangs.Stop() {
-			s.hung.Add(-1)
+		s.mu.Lock()
+		if l.slotless {
+			s.hung--
+		} else {
+			<-s.slots
 		}
-		giveSlot()
+		s.mu.Unlock()
 		launched <- result{c, err}
 	}()
 	select {
@@ -340,6 +332,39 @@ func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
 		}
 	}()
 	return nil, err
+}
+
+func (s *spawner) takeSlot(ctx context.Context, timeout <-chan time.Time) error {
+	for {
+		select {
+		case s.slots <- struct{}{}:
+			return nil
+		default:
+			s.takeSlotsBack()
+		}
+		select {
+		case s.slots <- struct{}{}:
+			return nil
+		case <-time.After(launchHangs / 4):
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-timeout:
+			return errTooManyLaunches
+		}
+	}
+}
+
+// takeSlotsBack takes the slots of launches that hang.
+func (s *spawner) takeSlotsBack() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for l := range s.launches {
+		if !l.slotless && s.hung < launchesHung && time.Since(l.begun) > launchHangs {
+			l.slotless = true
+			s.hung++
+			<-s.slots
+		}
+	}
 }
 
 // doom kills what a launch that nobody waits for has made so far.
