@@ -44,6 +44,7 @@ type cgroupDir struct {
 	events    int    // cgroup.events
 	peak      int    // memory.peak, -1 without the memory controller
 	oomBefore uint64 // count of OOM kills at the start of its present use
+	counted   bool   // there is a memory controller, which counts them
 	killed    bool   // had a cgroup.kill
 }
 
@@ -163,6 +164,7 @@ func (g *cgroups) makeLocked(group string) (_ *cgroupDir, err error) {
 	if d.fd, err = unix.Open(d.path, unix.O_DIRECTORY|unix.O_RDONLY|unix.O_CLOEXEC, 0); err == nil {
 		d.events, err = unix.Open(d.path+"/cgroup.events", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	}
+	d.counted = unix.Access(d.path+"/memory.events", unix.R_OK) == nil
 	d.peak, _ = unix.Open(d.path+"/memory.peak", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		d.remove()
@@ -296,7 +298,7 @@ func (d *cgroupDir) pids() (pids []int) {
 // memory tells, of a leaf that has not been released, whether the OOM killer struck in it, and the most bytes that it held
 // at once; 0 where the kernel does not count.
 func (l *cgroupLeaf) memory() (oomKilled bool, peak uint64) {
-	if l == nil {
+	if l == nil || !l.dir.counted {
 		return false, 0
 	}
 	var buf [32]byte
@@ -307,6 +309,9 @@ func (l *cgroupLeaf) memory() (oomKilled bool, peak uint64) {
 
 // oomKills is a counter that never goes back.
 func (d *cgroupDir) oomKills() uint64 {
+	if !d.counted {
+		return 0
+	}
 	text, _ := os.ReadFile(d.path + "/memory.events")
 	_, count, _ := strings.Cut(string(text), "oom_kill ")
 	count, _, _ = strings.Cut(count, "\n")

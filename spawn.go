@@ -179,8 +179,14 @@ func newSpawner(launchTimeout time.Duration, p *poller) *spawner {
 		children: map[int]*child{}, launches: map[*launch]struct{}{}}
 }
 
-// awaitExit calls exited, on the poller's goroutine, once the child has been reaped.
+// awaitExit calls exited, as a rule on the poller's goroutine, once the child has been reaped.
 func (s *spawner) awaitExit(c *child, exited func()) {
+	select {
+	case <-c.exited: // it could not be executed; its pid may be somebody else's by now
+		go exited()
+		return
+	default:
+	}
 	if fd, err := unix.PidfdOpen(c.pid(), 0); err == nil {
 		w := &watch{fd: fd}
 		w.ready = func() {
