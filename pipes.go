@@ -46,8 +46,7 @@ type outputPipe struct {
 
 // newOutputPipe starts to read.
 func newOutputPipe(kind outputKind, fd int, log *outputLog, p *poller, atEnd func()) (*outputPipe, error) {
-	o := &outputPipe{kind: kind, log: log, poller: p, atEnd: atEnd,
-		watch: watch{fd: fd, shared: kind == ptyKind}}
+	o := &outputPipe{kind: kind, log: log, poller: p, atEnd: atEnd, watch: watch{fd: fd}}
 	o.watch.ready = func() { o.read() }
 	o.reader = reader{o.hold, o.resume, o.pull}
 	err := p.add(&o.watch)

@@ -24,10 +24,9 @@ type poller struct {
 
 // watch is one descriptor with its handler.
 type watch struct {
-	fd     int
-	ready  func()
-	shared bool  // a duplicate of fd outlives it, so that closing fd does not take it out of the epoll set
-	key    int32 // unlike descriptors never used twice at a time: an event of a closed one finds nobody
+	fd    int
+	ready func()
+	key   int32 // unlike descriptors never used twice at a time: an event of a closed one finds nobody
 }
 
 func newPoller() (*poller, error) {
@@ -70,15 +69,14 @@ func (p *poller) resume(w *watch) {
 	}
 }
 
-// remove forgets a descriptor and closes it, once.
+// remove forgets a descriptor and closes it, once. Closing alone would leave it in the epoll set, which would report it over
+// and over, while anyone has a copy: a child that has not exec'ed yet, or the input side of a terminal.
 func (p *poller) remove(w *watch) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.handlers[w.key] == w {
 		delete(p.handlers, w.key)
-		if w.shared {
-			p.controlLocked(unix.EPOLL_CTL_DEL, w)
-		}
+		p.controlLocked(unix.EPOLL_CTL_DEL, w)
 		unix.Close(w.fd)
 	}
 }
