@@ -99,20 +99,29 @@ func (m *outputMemory) newLog() *outputLog {
 
 // reader is what reads a pipe into the log.
 type reader struct {
-	hold, resume func() // stop and go on reading by itself; called under the log's lock
-	pull         func() // read now: a subscriber has nothing left to send
+	hold, resume func()          // stop and go on reading by itself; called under the log's lock
+	pull         func(bytes int) // read now: a subscriber has nothing left to send
 }
 
-// room tells whether the next piece may be read. If not, the reader is held until it may.
-func (l *outputLog) room(r *reader) bool {
+// room tells how many bytes may be read next. If none, the reader is held until some may.
+func (l *outputLog) room(r *reader) (bytes int) {
 	l.m.mu.Lock()
 	defer l.m.mu.Unlock()
-	if !l.fullLocked() {
-		return true
+	if l.fullLocked() {
+		r.hold()
+		l.waiting = append(l.waiting, r)
+		return 0
 	}
-	r.hold()
-	l.waiting = append(l.waiting, r)
-	return false
+	return l.m.pieceLocked()
+}
+
+// pieceLocked is how many bytes a reader may take at once: where memory is short, thousands of stalled streams must not
+// hold a large piece each.
+func (m *outputMemory) pieceLocked() int {
+	if m.live > m.liveLimit {
+		return 4 << 10
+	}
+	return outputChunk
 }
 
 // fullLocked: with nobody ready to take more, reading on would only make small pieces of what the pipe could gather.
@@ -411,9 +420,10 @@ func (s *subscriber) sent(n int) {
 		pull, l.waiting = l.waiting, nil
 	}
 	l.roomLocked()
+	piece := l.m.pieceLocked()
 	l.m.mu.Unlock()
 	for _, r := range pull {
-		r.pull()
+		r.pull(piece)
 	}
 }
 

@@ -95,26 +95,26 @@ func (o *outputPipe) readableLocked() int64 {
 func (o *outputPipe) read() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return !o.paused.Load() && o.log.room(&o.reader) && o.readLocked()
+	return !o.paused.Load() && o.readLocked(o.log.room(&o.reader))
 }
 
 // pull reads for a subscriber and leaves the pipe out of the poller as long as that suffices.
-func (o *outputPipe) pull() {
+func (o *outputPipe) pull(most int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if !o.readLocked() || o.log.room(&o.reader) {
+	if !o.readLocked(most) || o.log.room(&o.reader) > 0 {
 		o.resume()
 	}
 }
 
-func (o *outputPipe) readLocked() (more bool) {
-	if o.eof {
+func (o *outputPipe) readLocked(most int) (more bool) {
+	if o.eof || most == 0 {
 		return false
 	}
 	buf := readBuffers.Get().(*[outputChunk]byte)
-	n, err := unix.Read(o.watch.fd, buf[:])
+	n, err := unix.Read(o.watch.fd, buf[:most])
 	for err == unix.EINTR {
-		n, err = unix.Read(o.watch.fd, buf[:])
+		n, err = unix.Read(o.watch.fd, buf[:most])
 	}
 	if n <= 0 || !o.log.append(o.kind, buf[:], n) {
 		readBuffers.Put(buf)

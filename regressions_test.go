@@ -181,3 +181,20 @@ func TestStartsGivenUpAtOnce(t *testing.T) {
 	wait.Wait()
 	waitFor(t, 10*time.Second, "no child is left", func() bool { return len(descendantsOf(d.pid)) == 0 })
 }
+
+// Where memory is short each of many stalled streams holds a little only.
+func TestManyStalledStreamsShareTheMemory(t *testing.T) {
+	d := startDaemon(t, "--output-memory", "1048576")
+	const streams = 300
+	for range streams {
+		d.start(t, argv("cat", "/dev/zero"), withStdin(false)) // never read on
+	}
+	time.Sleep(500 * time.Millisecond) // time to read more than it should
+	// A stream costs some 60 KiB by itself; a piece of 128 KiB each would be 37 MiB more.
+	if rss := d.rss(); rss > 45<<20 && !raceEnabled() {
+		t.Errorf("RSS %d MiB with %d stalled streams", rss>>20, streams)
+	}
+	for _, p := range d.list(t) {
+		d.kill(t, p.GetPid())
+	}
+}
