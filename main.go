@@ -153,8 +153,8 @@ func run(c *config) int {
 
 	users := &userDB{}
 	token := &accessToken{}
-	settings := newSettings(startUser(users))
-	settings.setSystem("WRENN_SANDBOX", strconv.FormatBool(!c.server.isnotfc))
+	settings := &settings{defaultUser: startUser(users),
+		env: map[string]string{"WRENN_SANDBOX": strconv.FormatBool(!c.server.isnotfc)}}
 	writeRunDir(c)
 	poller, err := newPoller()
 	if err != nil {

@@ -97,7 +97,7 @@ func (s *processService) Start(ctx context.Context, req *connect.Request[pb.Star
 	if err != nil {
 		return err
 	}
-	f := follower{ctx: ctx, p: p, sub: sub, request: req.Header(), starter: true, keepAlive: s.keepAlive, stopping: s.stopping}
+	f := follower{s, ctx, p, sub, req.Header(), true}
 	res := &pb.StartResponse{}
 	return f.run(stream.ResponseHeader(), 0, func(event *pb.ProcessEvent) error {
 		res.Event = event
@@ -118,7 +118,7 @@ func (s *processService) Connect(ctx context.Context, req *connect.Request[pb.Co
 	if !ok {
 		return wireError(connect.CodeInvalidArgument, "Envd-Output-From: offset %d is past the end of the output", from)
 	}
-	f := follower{ctx: ctx, p: p, sub: sub, request: req.Header(), keepAlive: s.keepAlive, stopping: s.stopping}
+	f := follower{s, ctx, p, sub, req.Header(), false}
 	res := &pb.ConnectResponse{}
 	return f.run(stream.ResponseHeader(), lost, func(event *pb.ProcessEvent) error {
 		res.Event = event
@@ -145,13 +145,12 @@ func outputFrom(value string) (int64, error) {
 
 // follower sends a process to one client: start, output, end. Its goroutine is the only one that writes to the stream.
 type follower struct {
-	ctx       context.Context
-	p         *process
-	sub       *subscriber
-	request   http.Header
-	starter   bool // this stream's deadline is the process's
-	keepAlive time.Duration
-	stopping  <-chan struct{}
+	*processService
+	ctx     context.Context
+	p       *process
+	sub     *subscriber
+	request http.Header
+	starter bool // this stream's deadline is the process's
 }
 
 func (f *follower) run(response http.Header, lost int64, send func(*pb.ProcessEvent) error) error {

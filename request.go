@@ -11,8 +11,7 @@ import (
 )
 
 type request struct {
-	user    string // from Basic authentication; identification only
-	hasUser bool
+	user *account // named by Basic authentication, which is identification only; nil: none named
 	// breakStream makes the write that hangs on this request's connection fail, and every later one. Nothing else frees a
 	// handler whose client has stopped reading.
 	breakStream func()
@@ -35,12 +34,8 @@ func requestOf(ctx context.Context) *request {
 
 // actingUser is the account that a request acts as: the one it names, else the default one.
 func actingUser(ctx context.Context, users *userDB, defaultUser string) (account, error) {
-	if r := requestOf(ctx); r.hasUser {
-		a, err := users.lookup(r.user)
-		if err != nil {
-			return a, fmt.Errorf("invalid username: '%s'", r.user)
-		}
-		return a, nil
+	if r := requestOf(ctx); r.user != nil {
+		return *r.user, nil
 	}
 	if defaultUser == "" {
 		return account{}, errors.New("no user specified")

@@ -118,11 +118,13 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	flusher := &heldWriter{ResponseWriter: w}
 	req := &request{breakStream: func() { http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0)) },
 		keepFlush: func() { flusher.held = true }}
-	if req.user, _, req.hasUser = r.BasicAuth(); req.hasUser {
-		if _, err := s.users.lookup(req.user); err != nil {
-			s.rpcError.Write(w, r, connect.NewError(connect.CodeUnauthenticated, fmt.Errorf("invalid username: '%s'", req.user)))
+	if name, _, named := r.BasicAuth(); named {
+		user, err := s.users.lookup(name)
+		if err != nil {
+			s.rpcError.Write(w, r, connect.NewError(connect.CodeUnauthenticated, fmt.Errorf("invalid username: '%s'", name)))
 			return
 		}
+		req.user = &user
 	}
 	r = r.WithContext(withRequest(r.Context(), req))
 	switch {

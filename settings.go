@@ -19,16 +19,6 @@ type settings struct {
 	defaultWorkdir string
 }
 
-func newSettings(defaultUser string) *settings {
-	return &settings{env: map[string]string{}, defaultUser: defaultUser}
-}
-
-func (s *settings) setSystem(name, value string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.env[name] = value
-}
-
 // merge adds a client's variables; what is not named stays.
 func (s *settings) merge(env map[string]string, defaultUser, defaultWorkdir string) {
 	s.mu.Lock()
