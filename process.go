@@ -226,15 +226,6 @@ func (p *process) endFor(header http.Header) *pb.ProcessEvent_EndEvent {
 	return &pb.ProcessEvent_EndEvent{ExitCode: p.end.ExitCode, Exited: p.end.Exited, Status: p.end.Status, Error: p.end.Error}
 }
 
-// keepAliveInterval reads Keepalive-Ping-Interval, in seconds.
-func keepAliveInterval(header http.Header, standard time.Duration) time.Duration {
-	seconds, err := strconv.ParseInt(header.Get("Keepalive-Ping-Interval"), 10, 64)
-	if err != nil || seconds <= 0 {
-		return standard
-	}
-	return time.Duration(min(seconds, 86400)) * time.Second
-}
-
 // start validates a request, starts its process and subscribes to all of its output.
 func (s *processService) start(ctx context.Context, req *pb.StartRequest) (*process, *subscriber, error) {
 	config := req.GetProcess()

@@ -6,6 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"strconv"
+	"time"
 )
 
 type request struct {
@@ -46,4 +49,13 @@ func actingUser(ctx context.Context, users *userDB, defaultUser string) (account
 		return a, fmt.Errorf("invalid default user: '%s'", defaultUser)
 	}
 	return a, nil
+}
+
+// keepAliveInterval reads Keepalive-Ping-Interval, in seconds.
+func keepAliveInterval(header http.Header, standard time.Duration) time.Duration {
+	seconds, err := strconv.ParseInt(header.Get("Keepalive-Ping-Interval"), 10, 64)
+	if err != nil || seconds <= 0 {
+		return standard
+	}
+	return time.Duration(min(seconds, 86400)) * time.Second
 }
