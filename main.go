@@ -205,6 +205,17 @@ func run(c *config) int {
 	initer := &initService{version: version, token: token, settings: settings}
 	srv.handle(route{"POST", "/init", true, initer.serve})
 	srv.service(pb.NewProcessHandler(processes, rpcOptions...))
+	if !c.server.isnotfc && os.Geteuid() == 0 {
+		raiseWatchLimits()
+	}
+	filesystem := &fsService{users: users, defaults: settings.defaults, keepAlive: c.process.keepAlive, stopping: stopping,
+		watchers: map[string]*pollingWatcher{}}
+	srv.service(pb.NewFilesystemHandler(filesystem, rpcOptions...))
+	files := &fileService{users: users, token: token, defaults: settings.defaults, fail: jsonError}
+	srv.handle(route{"GET", "/files", true, files.download})
+	srv.handle(route{"HEAD", "/files", true, files.download})
+	srv.handle(route{"POST", "/files", true, files.upload})
+	srv.handle(route{"POST", "/files/compose", false, files.compose})
 	httpServer := srv.httpServer()
 
 	stopMachinery, machinery := make(chan struct{}), make(chan struct{}, 2)
@@ -212,7 +223,10 @@ func run(c *config) int {
 	if os.Getpid() == 1 {
 		go spawner.reapOrphans(stopMachinery)
 	}
-	go func() { tickSeconds(processes.tick, stopMachinery); machinery <- struct{}{} }()
+	go func() {
+		tickSeconds(func(now time.Time) { processes.tick(now); filesystem.tick(now) }, stopMachinery)
+		machinery <- struct{}{}
+	}()
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	failed := make(chan error, 1)
