@@ -1048,8 +1048,11 @@ func (u *uploadRequest) receiveTar() error {
 		}
 		name := filepath.Clean(h.Name)
 		x.leave(name)
+		var refused *httpError
 		if err := x.unpack(h, name, archive); errors.Is(err, unix.ELOOP) {
 			return httpErrorf(http.StatusBadRequest, "archive entry '%s' leads through a link", h.Name)
+		} else if errors.As(err, &refused) {
+			return err
 		} else if err != nil {
 			return fmt.Errorf("error unpacking '%s': %w", h.Name, err)
 		}

@@ -74,71 +74,81 @@ func fsError(err error, missing, other string) error {
 
 // ---- entries -------------------------------------------------------------------------------------------------------
 
-// entries makes EntryInfo messages; names of owners are looked up once.
+// entries makes EntryInfo messages; what repeats from entry to entry is looked up once.
 type entries struct {
-	users        *userDB
-	owners       map[uint32]string
-	groups       map[uint32]string
-	noAttributes bool // this filesystem has none
+	users          *userDB
+	owners, groups map[uint32]string
+	permissions    map[uint32]string
 }
 
 func (s *fsService) entries() *entries {
-	return &entries{users: s.users, owners: map[uint32]string{}, groups: map[uint32]string{}}
+	return &entries{s.users, map[uint32]string{}, map[uint32]string{}, map[uint32]string{}}
+}
+
+func once(known map[uint32]string, key uint32, find func(uint32) string) string {
+	value, ok := known[key]
+	if !ok {
+		value = valid(find(key))
+		known[key] = value
+	}
+	return value
+}
+
+// permissionText writes a mode as Go does.
+func permissionText(mode uint32) string {
+	m := os.FileMode(mode & 0o777)
+	for _, bit := range []struct {
+		mask, value uint32
+		is          os.FileMode
+	}{{unix.S_IFMT, unix.S_IFDIR, os.ModeDir}, {unix.S_IFMT, unix.S_IFLNK, os.ModeSymlink}, {unix.S_IFMT, unix.S_IFIFO, os.ModeNamedPipe},
+		{unix.S_IFMT, unix.S_IFSOCK, os.ModeSocket}, {unix.S_IFMT, unix.S_IFBLK, os.ModeDevice}, {unix.S_IFMT, unix.S_IFCHR, os.ModeDevice | os.ModeCharDevice},
+		{unix.S_ISUID, unix.S_ISUID, os.ModeSetuid}, {unix.S_ISGID, unix.S_ISGID, os.ModeSetgid}, {unix.S_ISVTX, unix.S_ISVTX, os.ModeSticky}} {
+		if mode&bit.mask == bit.value {
+			m |= bit.is
+		}
+	}
+	return m.String()
 }
 
 func (e *entries) stat(path string) (*pb.EntryInfo, error) {
-	info, err := os.Lstat(path)
-	if err != nil {
-		return nil, err
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return nil, &os.PathError{Op: "lstat", Path: path, Err: err}
 	}
-	return e.entry(path, info), nil
+	return e.entry(filepath.Base(path), path, path, &st), nil
 }
 
-func (e *entries) entry(path string, info os.FileInfo) *pb.EntryInfo {
-	st := info.Sys().(*syscall.Stat_t)
-	if _, known := e.owners[st.Uid]; !known {
-		e.owners[st.Uid] = e.users.userName(st.Uid)
-	}
-	if _, known := e.groups[st.Gid]; !known {
-		e.groups[st.Gid] = e.users.groupName(st.Gid)
-	}
-	entry := &pb.EntryInfo{Path: valid(path), Size: info.Size(), Permissions: info.Mode().String(),
-		Owner: valid(e.owners[st.Uid]), Group: valid(e.groups[st.Gid])}
-	entry.Name = entry.Path[strings.LastIndexByte(entry.Path, '/')+1:]
-	if entry.Name == "" || entry.Name == "." || entry.Name == ".." {
-		entry.Name = valid(filepath.Base(path))
-	}
+// entry describes what is at a path; shown is the path as the client knows it.
+func (e *entries) entry(name, path, shown string, st *unix.Stat_t) *pb.EntryInfo {
+	entry := &pb.EntryInfo{Name: valid(name), Path: valid(shown), Size: st.Size, Permissions: once(e.permissions, st.Mode, permissionText),
+		Owner: once(e.owners, st.Uid, e.users.userName), Group: once(e.groups, st.Gid, e.users.groupName)}
 	if st.Mtim.Nano() != 0 {
 		entry.ModifiedTime = &timestamppb.Timestamp{Seconds: st.Mtim.Sec, Nanos: int32(st.Mtim.Nsec)}
 	}
-	if info.Mode()&os.ModeSymlink != 0 {
+	mode := st.Mode
+	if mode&unix.S_IFMT == unix.S_IFLNK {
+		var there unix.Stat_t
 		target, err := filepath.EvalSymlinks(path)
 		if err != nil {
-			target = path
-		} else if info, err = os.Stat(path); err != nil {
-			info = nil
+			target = shown
+		} else if unix.Stat(path, &there) != nil {
+			there.Mode = 0
 		}
-		target = valid(target)
+		target, mode = valid(target), there.Mode
 		entry.SymlinkTarget = &target
-		if err != nil || info == nil {
-			return entry
-		}
-	} else if !e.noAttributes && (info.IsDir() || info.Mode().IsRegular()) {
-		entry.Metadata = e.metadata(path)
 	}
-	entry.Mode = uint32(info.Mode().Perm())
-	switch {
-	case info.IsDir():
+	entry.Mode = mode & 0o777
+	switch mode & unix.S_IFMT {
+	case unix.S_IFDIR:
 		entry.Type = pb.FileType_FILE_TYPE_DIRECTORY
-	case info.Mode().IsRegular():
+	case unix.S_IFREG:
 		entry.Type = pb.FileType_FILE_TYPE_FILE
 	}
+	if entry.Type != pb.FileType_FILE_TYPE_UNSPECIFIED && entry.SymlinkTarget == nil {
+		entry.Metadata = metadataOf(xattrs(func(b []byte) (int, error) { return unix.Llistxattr(path, b) },
+			func(name string, b []byte) (int, error) { return unix.Lgetxattr(path, name, b) }, isMetadata))
+	}
 	return entry
-}
-
-func (e *entries) metadata(path string) map[string]string {
-	return metadataOf(xattrs(func(b []byte) (int, error) { return unix.Llistxattr(path, b) },
-		func(name string, b []byte) (int, error) { return unix.Lgetxattr(path, name, b) }, isMetadata))
 }
 
 func valid(text string) string { return strings.ToValidUTF8(text, "\uFFFD") }
@@ -188,26 +198,25 @@ func (e *entries) list(ctx context.Context, dir, shown string, depth uint32, to 
 	if err != nil {
 		return err
 	}
+	defer f.Close()
 	names, err := f.Readdirnames(-1)
-	f.Close()
 	if err != nil {
 		return err
 	}
 	slices.Sort(names)
 	*to = slices.Grow(*to, len(names))
 	for _, name := range names {
-		path := filepath.Join(dir, name)
-		info, err := os.Lstat(path)
-		if err != nil {
+		var st unix.Stat_t
+		if unix.Fstatat(int(f.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW) != nil {
 			continue // gone by now
 		}
-		entry := e.entry(path, info)
-		if dir != shown {
-			entry.Path = valid(filepath.Join(shown, name))
+		path, shownPath := strings.TrimSuffix(dir, "/")+"/"+name, ""
+		if shownPath = path; dir != shown {
+			shownPath = filepath.Join(shown, name)
 		}
-		*to = append(*to, entry)
-		if info.IsDir() && depth > 1 {
-			err := e.list(ctx, path, filepath.Join(shown, name), depth-1, to)
+		*to = append(*to, e.entry(name, path, shownPath, &st))
+		if st.Mode&unix.S_IFMT == unix.S_IFDIR && depth > 1 {
+			err := e.list(ctx, path, shownPath, depth-1, to)
 			if err != nil && !errors.Is(err, syscall.ENOENT) && !errors.Is(err, syscall.ENOTDIR) {
 				return err
 			}
