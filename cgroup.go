@@ -1,8 +1,9 @@
 // cgroup v2: a leaf for each started process, so that what it starts can be killed, counted and limited as a whole.
 //
-// Leaves lie in groups (`user`, `ptys`) below the root and are used again: making one costs far more than looking whether
-// it is empty. Controllers may be missing one by one; without cgroup2 there are no leaves at all and process groups serve
-// instead. Source: Documentation/admin-guide/cgroup-v2.rst. Kernel: cgroup.kill since 5.14, CLONE_INTO_CGROUP since 5.7.
+// Leaves lie in the groups `user` and `ptys` below the root. Making one costs far more than looking whether it is empty, so
+// they are used again. Controllers may be missing one by one; where there is no cgroup2, or the kernel cannot clone into
+// it, there are no leaves and process groups serve instead. Source: Documentation/admin-guide/cgroup-v2.rst.
+// Kernel: CLONE_INTO_CGROUP since 5.7, cgroup.kill since 5.14.
 
 package main
 
@@ -23,55 +24,57 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// leafPool is how many empty leaves of a group are kept.
 const leafPool = 16
 
 // cgroups makes leaves. The nil *cgroups makes none.
 type cgroups struct {
-	root      string
-	cloneInto bool // the kernel has CLONE_INTO_CGROUP
-	removable bool // the root is envd's own and goes with it
+	root string
+	own  bool // the root was made by this daemon and goes with it
 
-	mu     sync.Mutex // protects what follows
+	mu     sync.Mutex // protects what follows, and every leaf
 	next   int
-	idle   map[string][]*cgroupLeaf // by group
-	filled []*cgroupLeaf            // released while background children were in them
+	idle   map[string][]*cgroupDir // by group
+	filled []*cgroupLeaf           // released while background children were in them
 }
 
+// cgroupDir is a leaf's directory.
+type cgroupDir struct {
+	path      string
+	fd        int    // for CLONE_INTO_CGROUP
+	events    int    // cgroup.events
+	peak      int    // memory.peak, -1 without the memory controller
+	oomBefore uint64 // count of OOM kills at the start of its present use
+	killed    bool   // had a cgroup.kill
+}
+
+// cgroupLeaf is one process's use of a directory.
 type cgroupLeaf struct {
-	group, path string
-	dir         int // descriptor, for CLONE_INTO_CGROUP
-	procs       int // cgroup.procs, for kernels without it
-	events      int // cgroup.events
-	cloneInto   bool
-	oomBefore   uint64
-	peak        int // memory.peak, -1 without the memory controller
+	groups *cgroups
+	group  string
+	dir    *cgroupDir // nil once the last process has gone and the directory serves another
 }
 
 // openCgroups takes a root in a cgroup2 hierarchy, or makes it there; it must be writable.
-func openCgroups(root string, removable bool) (*cgroups, error) {
-	var st unix.Statfs_t
-	if unix.Statfs(filepath.Dir(root), &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC {
+func openCgroups(root string) (*cgroups, error) {
+	if isCgroup2(filepath.Dir(root)) {
 		os.Mkdir(root, 0o755)
 	}
-	if err := unix.Statfs(root, &st); err != nil {
-		return nil, &os.PathError{Op: "statfs", Path: root, Err: err}
+	if !isCgroup2(root) {
+		return nil, fmt.Errorf("%s is not in a cgroup2 hierarchy", root)
 	}
-	if st.Type != unix.CGROUP2_SUPER_MAGIC {
-		return nil, fmt.Errorf("%s is not a cgroup2 hierarchy", root)
+	// A kernel that knows the flag finds that there is no such descriptor.
+	args := cloneArgs{flags: unix.CLONE_INTO_CGROUP, exitSignal: uint64(unix.SIGCHLD), cgroup: 1<<31 - 1}
+	if _, _, errno := syscall.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&args)), unsafe.Sizeof(args), 0); errno != syscall.EBADF {
+		return nil, os.NewSyscallError("clone3", errno)
 	}
-	g := &cgroups{root: root, removable: removable, cloneInto: hasCloneInto(), idle: map[string][]*cgroupLeaf{}}
 	for _, group := range []string{"user", "ptys"} {
-		dir := filepath.Join(root, group)
-		if err := os.MkdirAll(dir, 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Join(root, group), 0o755); err != nil {
 			return nil, err
 		}
-		// Leaves of an earlier daemon that have emptied since; rmdir leaves the others alone.
-		stale, _ := filepath.Glob(filepath.Join(dir, "[0-9]*"))
-		for _, leaf := range stale {
-			syscall.Rmdir(leaf)
-		}
+		sweep(filepath.Join(root, group, "[0-9]*"))
 	}
-	return g, nil
+	return &cgroups{root: root, idle: map[string][]*cgroupDir{}}, nil
 }
 
 // openOwnCgroups is for a machine that is not envd's: leaves below the cgroup that it already is in, and no limits.
@@ -80,48 +83,44 @@ func openOwnCgroups() (*cgroups, error) {
 	if err != nil {
 		return nil, err
 	}
-	var own string
-	for line := range strings.Lines(string(text)) {
-		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
-			own = path
-		}
-	}
+	_, own, _ := strings.Cut("\n"+string(text), "\n0::")
+	own, _, _ = strings.Cut(own, "\n")
 	for _, mount := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
 		dir := filepath.Join(mount, own)
-		var st unix.Statfs_t
-		if unix.Statfs(dir, &st) != nil || st.Type != unix.CGROUP2_SUPER_MAGIC {
+		if !isCgroup2(dir) {
 			continue
 		}
-		sweepOwn(dir)
-		root := filepath.Join(dir, "envd-"+strconv.Itoa(os.Getpid()))
-		if err := os.Mkdir(root, 0o755); err != nil {
-			return nil, err
+		dead, _ := filepath.Glob(filepath.Join(dir, "envd-*"))
+		for _, d := range dead {
+			if pid, err := strconv.Atoi(filepath.Base(d)[len("envd-"):]); err == nil && syscall.Kill(pid, 0) == syscall.ESRCH {
+				sweep(d)
+			}
 		}
-		return openCgroups(root, true)
+		g, err := openCgroups(filepath.Join(dir, "envd-"+strconv.Itoa(os.Getpid())))
+		if err == nil {
+			g.own = true
+		}
+		return g, err
 	}
 	return nil, errors.New("no cgroup2 hierarchy")
 }
 
-// sweepOwn removes what daemons that are gone left behind, as far as it is empty.
-func sweepOwn(dir string) {
-	dirs, _ := filepath.Glob(filepath.Join(dir, "envd-*"))
-	for _, d := range dirs {
-		pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(d), "envd-"))
-		if err == nil && syscall.Kill(pid, 0) == syscall.ESRCH {
-			removeTree(d)
+func isCgroup2(dir string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(dir, &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC
+}
+
+// sweep removes the cgroups that match, and all below them, as far as they are empty.
+func sweep(pattern string) {
+	matches, _ := filepath.Glob(pattern)
+	for _, match := range matches {
+		for _, dir := range slices.Backward(cgroupTree(match)) {
+			syscall.Rmdir(dir)
 		}
 	}
 }
 
-// removeTree removes the empty cgroups of a tree, the deepest first.
-func removeTree(root string) {
-	dirs := cgroupTree(root)
-	slices.Reverse(dirs)
-	for _, dir := range dirs {
-		syscall.Rmdir(dir)
-	}
-}
-
+// cgroupTree lists a cgroup and all below it, parents first.
 func cgroupTree(root string) (dirs []string) {
 	filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && d.IsDir() {
@@ -132,18 +131,6 @@ func cgroupTree(root string) (dirs []string) {
 	return dirs
 }
 
-// cloneArgs is struct clone_args of clone(2).
-type cloneArgs struct {
-	flags, pidfd, childTID, parentTID, exitSignal, stack, stackSize, tls, setTID, setTIDSize, cgroup uint64
-}
-
-// hasCloneInto asks clone3 for a cgroup that cannot be: a kernel that knows the flag says EBADF.
-func hasCloneInto() bool {
-	args := cloneArgs{flags: unix.CLONE_INTO_CGROUP, exitSignal: uint64(unix.SIGCHLD), cgroup: 1<<31 - 1}
-	_, _, errno := syscall.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&args)), unsafe.Sizeof(args), 0)
-	return errno == syscall.EBADF
-}
-
 // acquire gives an empty leaf in the group, or nil.
 func (g *cgroups) acquire(group string) *cgroupLeaf {
 	if g == nil {
@@ -151,52 +138,36 @@ func (g *cgroups) acquire(group string) *cgroupLeaf {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.retryLocked()
+	g.recycleLocked()
 	if idle := g.idle[group]; len(idle) > 0 {
-		leaf := idle[len(idle)-1]
 		g.idle[group] = idle[:len(idle)-1]
-		return leaf
+		return &cgroupLeaf{groups: g, group: group, dir: idle[len(idle)-1]}
 	}
-	leaf, err := g.makeLocked(group)
+	dir, err := g.makeLocked(group)
 	if err != nil {
 		slog.Warn("no cgroup for a process", "logger", "cgroup", "error", err)
 		return nil
 	}
-	return leaf
+	return &cgroupLeaf{groups: g, group: group, dir: dir}
 }
 
-func (g *cgroups) makeLocked(group string) (_ *cgroupLeaf, err error) {
-	l := &cgroupLeaf{group: group, cloneInto: g.cloneInto, dir: -1, procs: -1, events: -1, peak: -1}
-	for {
-		g.next++
-		l.path = filepath.Join(g.root, group, strconv.Itoa(g.next))
-		if err = os.Mkdir(l.path, 0o755); !errors.Is(err, fs.ErrExist) {
-			break
-		}
+func (g *cgroups) makeLocked(group string) (_ *cgroupDir, err error) {
+	d := &cgroupDir{fd: -1, events: -1}
+	for err = fs.ErrExist; errors.Is(err, fs.ErrExist); g.next++ { // a leaf of an earlier daemon may still be in use
+		d.path = filepath.Join(g.root, group, strconv.Itoa(g.next))
+		err = os.Mkdir(d.path, 0o755)
 	}
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			l.remove()
-		}
-	}()
-	open := func(name string, flags int) (fd int) {
-		if err == nil {
-			fd, err = unix.Open(filepath.Join(l.path, name), flags|unix.O_CLOEXEC, 0)
-		}
-		return fd
+	if d.fd, err = unix.Open(d.path, unix.O_DIRECTORY|unix.O_RDONLY|unix.O_CLOEXEC, 0); err == nil {
+		d.events, err = unix.Open(d.path+"/cgroup.events", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	}
-	l.dir = open("", unix.O_DIRECTORY|unix.O_RDONLY)
-	l.events = open("cgroup.events", unix.O_RDONLY)
-	if !g.cloneInto {
-		l.procs = open("cgroup.procs", unix.O_WRONLY)
+	d.peak, _ = unix.Open(d.path+"/memory.peak", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		d.remove()
 	}
-	if fd, peakErr := unix.Open(filepath.Join(l.path, "memory.peak"), unix.O_RDWR|unix.O_CLOEXEC, 0); peakErr == nil {
-		l.peak = fd
-	}
-	return l, err
+	return d, err
 }
 
 // release takes a leaf back. One that still holds processes is kept aside until it is empty.
@@ -207,19 +178,20 @@ func (g *cgroups) release(l *cgroupLeaf) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.filled = append(g.filled, l)
-	g.retryLocked()
+	g.recycleLocked()
 }
 
-func (g *cgroups) retryLocked() {
+func (g *cgroups) recycleLocked() {
 	g.filled = slices.DeleteFunc(g.filled, func(l *cgroupLeaf) bool {
-		if !l.empty() {
+		if !l.dir.empty() {
 			return false
 		}
-		if len(g.idle[l.group]) < leafPool && l.renew() {
-			g.idle[l.group] = append(g.idle[l.group], l)
+		if len(g.idle[l.group]) < leafPool && l.dir.renew() {
+			g.idle[l.group] = append(g.idle[l.group], l.dir)
 		} else {
-			l.remove()
+			l.dir.remove()
 		}
+		l.dir = nil
 		return true
 	})
 }
@@ -231,75 +203,81 @@ func (g *cgroups) close() {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.retryLocked()
+	g.recycleLocked()
 	for _, idle := range g.idle {
-		for _, l := range idle {
-			l.remove()
+		for _, d := range idle {
+			d.remove()
 		}
 	}
-	g.idle = nil
-	if g.removable {
-		removeTree(g.root)
+	g.idle = map[string][]*cgroupDir{}
+	if g.own {
+		sweep(g.root)
 	}
 }
 
-func (l *cgroupLeaf) remove() {
-	for _, fd := range []int{l.dir, l.events, l.procs, l.peak} {
+func (d *cgroupDir) remove() {
+	for _, fd := range []int{d.fd, d.events, d.peak} {
 		if fd >= 0 {
 			unix.Close(fd)
 		}
 	}
-	syscall.Rmdir(l.path)
+	syscall.Rmdir(d.path)
 }
 
-// renew prepares an empty leaf for its next process. memory.peak can be reset since 6.12.
-func (l *cgroupLeaf) renew() bool {
-	l.oomBefore = l.oomKills()
-	if l.peak >= 0 {
-		if _, err := unix.Pwrite(l.peak, []byte("0"), 0); err != nil {
+// renew prepares an empty directory for its next use, if it can have one. memory.peak can be reset since 6.12. Linux 6.18
+// kills whatever is cloned into a cgroup that was ever killed: it compares the kill counts of two different cgroups.
+func (d *cgroupDir) renew() bool {
+	d.oomBefore = d.oomKills()
+	if d.peak >= 0 {
+		if _, err := unix.Pwrite(d.peak, []byte("0"), 0); err != nil {
 			return false
 		}
 	}
-	return true
+	return !d.killed
 }
 
-// empty tells whether no process is left in the leaf or below it.
-func (l *cgroupLeaf) empty() bool {
+// empty tells whether no process is left here or below.
+func (d *cgroupDir) empty() bool {
 	var buf [64]byte
-	n, err := unix.Pread(l.events, buf[:], 0)
+	n, err := unix.Pread(d.events, buf[:], 0)
 	return err != nil || strings.Contains(string(buf[:max(n, 0)]), "populated 0")
 }
 
-// kill sends SIGKILL to all processes of the leaf at once, those that are being forked included.
-func (l *cgroupLeaf) kill() error {
-	err := os.WriteFile(filepath.Join(l.path, "cgroup.kill"), []byte("1"), 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return l.signal(syscall.SIGKILL)
+// signal reaches every process of the leaf; ok is false when there is none, or no leaf. SIGKILL takes all at once, those
+// that are just being forked included.
+func (l *cgroupLeaf) signal(sig syscall.Signal) (ok bool) {
+	if l == nil {
+		return false
 	}
-	return err
-}
-
-// signal reaches each process of the leaf. A pid that was free again in between is not hit: what is signalled is a pidfd
-// whose pid was in the leaf also after it had been opened.
-func (l *cgroupLeaf) signal(sig syscall.Signal) error {
+	l.groups.mu.Lock()
+	defer l.groups.mu.Unlock()
+	d := l.dir
+	if d == nil || d.empty() {
+		return false
+	}
+	if sig == syscall.SIGKILL && os.WriteFile(d.path+"/cgroup.kill", []byte("1"), 0) == nil {
+		d.killed = true
+		return true
+	}
+	// A pid that is free again in between is not hit: what is signalled is a pidfd whose pid is in the leaf after it was opened.
 	fds := map[int]int{}
-	for _, pid := range l.pids() {
+	for _, pid := range d.pids() {
 		if fd, err := unix.PidfdOpen(pid, 0); err == nil {
 			fds[pid] = fd
 			defer unix.Close(fd)
 		}
 	}
-	for _, pid := range l.pids() {
-		if fd, ok := fds[pid]; ok {
+	for _, pid := range d.pids() {
+		if fd, opened := fds[pid]; opened {
 			unix.PidfdSendSignal(fd, sig, nil, 0)
 		}
 	}
-	return nil
+	return true
 }
 
-func (l *cgroupLeaf) pids() (pids []int) {
-	for _, dir := range cgroupTree(l.path) {
-		text, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+func (d *cgroupDir) pids() (pids []int) {
+	for _, dir := range cgroupTree(d.path) {
+		text, _ := os.ReadFile(dir + "/cgroup.procs")
 		for field := range strings.FieldsSeq(string(text)) {
 			if pid, err := strconv.Atoi(field); err == nil {
 				pids = append(pids, pid)
@@ -309,30 +287,31 @@ func (l *cgroupLeaf) pids() (pids []int) {
 	return pids
 }
 
-// oomKills counts the processes of the leaf that the OOM killer took. The counter never goes back.
-func (l *cgroupLeaf) oomKills() uint64 {
-	text, _ := os.ReadFile(filepath.Join(l.path, "memory.events"))
-	for line := range strings.Lines(string(text)) {
-		if count, ok := strings.CutPrefix(line, "oom_kill "); ok {
-			n, _ := strconv.ParseUint(strings.TrimSpace(count), 10, 64)
-			return n
-		}
-	}
-	return 0
-}
-
-func (l *cgroupLeaf) oomKilled() bool { return l.oomKills() > l.oomBefore }
-
-// peakMemory is the most bytes that the leaf held at once, 0 where the kernel does not tell.
-func (l *cgroupLeaf) peakMemory() uint64 {
-	if l.peak < 0 {
-		return 0
+// memory tells, of a leaf that has not been released, whether the OOM killer struck in it, and the most bytes that it held
+// at once; 0 where the kernel does not count.
+func (l *cgroupLeaf) memory() (oomKilled bool, peak uint64) {
+	if l == nil || l.dir.peak < 0 {
+		return false, 0
 	}
 	var buf [32]byte
-	n, err := unix.Pread(l.peak, buf[:], 0)
-	if err != nil {
+	n, _ := unix.Pread(l.dir.peak, buf[:], 0)
+	peak, _ = strconv.ParseUint(strings.TrimSpace(string(buf[:max(n, 0)])), 10, 64)
+	return l.dir.oomKills() > l.dir.oomBefore, peak
+}
+
+// oomKills is a counter that never goes back.
+func (d *cgroupDir) oomKills() uint64 {
+	if d.peak < 0 {
 		return 0
 	}
-	peak, _ := strconv.ParseUint(strings.TrimSpace(string(buf[:n])), 10, 64)
-	return peak
+	text, _ := os.ReadFile(d.path + "/memory.events")
+	_, count, _ := strings.Cut(string(text), "oom_kill ")
+	count, _, _ = strings.Cut(count, "\n")
+	n, _ := strconv.ParseUint(count, 10, 64)
+	return n
+}
+
+// cloneArgs is struct clone_args of clone(2).
+type cloneArgs struct {
+	flags, pidfd, childTID, parentTID, exitSignal, stack, stackSize, tls, setTID, setTIDSize, cgroup uint64
 }

@@ -44,8 +44,7 @@ const (
 type fileService struct {
 	users    *userDB
 	token    *accessToken
-	defaults func() (user, workdir string)
-	fail     func(w http.ResponseWriter, status int, message string)
+	settings *settings
 	held     atomic.Int64 // bytes of uploads in memory
 }
 
@@ -61,11 +60,15 @@ func httpErrorf(status int, format string, args ...any) error {
 	return &httpError{status, fmt.Sprintf(format, args...)}
 }
 
-// answer sends an error, the kernel's with the status that belongs to it.
-func (s *fileService) answer(w http.ResponseWriter, err error) {
+// answer sends what was done, or an error, the kernel's with the status that belongs to it.
+func (s *fileService) answer(w http.ResponseWriter, done any, err error) {
 	status := http.StatusInternalServerError
 	var known *httpError
 	switch {
+	case err == nil:
+		w.Header().Set("Content-Type", "application/json")
+		json.NewEncoder(w).Encode(done)
+		return
 	case errors.As(err, &known):
 		status = known.status
 	case isFull(err):
@@ -73,43 +76,45 @@ func (s *fileService) answer(w http.ResponseWriter, err error) {
 	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE), errors.Is(err, syscall.ENOMEM):
 		status = http.StatusServiceUnavailable
 	}
-	s.fail(w, status, err.Error())
+	jsonError(w, status, err.Error())
 }
 
 func isFull(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
 
-// access checks the credentials of a request for a file.
-func (s *fileService) access(r *http.Request, operation string) error {
-	if status, reason := s.token.refuseFile(r.Header.Get("X-Access-Token"), r.URL.Query(), operation, time.Now()); status != 0 {
-		return httpErrorf(status, "%s", reason)
+// acting checks the credentials of a request for a file and answers whom it acts as; check comes before the lookup.
+func (s *fileService) acting(r *http.Request, operation string, check func() error) (account, error) {
+	query := r.URL.Query()
+	if status, reason := s.token.refuseFile(r.Header.Get("X-Access-Token"), query, operation, time.Now()); status != 0 {
+		return account{}, httpErrorf(status, "%s", reason)
 	}
-	return nil
+	return s.user(query.Get("username"), check)
 }
 
-// userName is the user that a request names, else the default one.
-func (s *fileService) userName(name string) (string, error) {
+// user is the one that a request names, else the default one.
+func (s *fileService) user(name string, check func() error) (user account, err error) {
 	if name == "" {
-		name, _ = s.defaults()
+		name, _ = s.settings.defaults()
 	}
 	if name == "" {
-		return "", httpErrorf(http.StatusBadRequest, "username not provided")
+		return user, httpErrorf(http.StatusBadRequest, "username not provided")
 	}
-	return name, nil
-}
-
-func (s *fileService) user(name string) (account, error) {
-	user, err := s.users.lookup(name)
-	if err != nil {
+	if err = check(); err != nil {
+		return user, err
+	}
+	if user, err = s.users.lookup(name); err != nil {
 		err = httpErrorf(http.StatusUnauthorized, "error looking up user '%s': %v", name, err)
 	}
 	return user, err
 }
 
+func nothing() error { return nil }
+
 func (s *fileService) resolve(user account, path string) (string, error) {
-	_, workdir := s.defaults()
+	_, workdir := s.settings.defaults()
 	resolved, err := resolvePath(path, user.home, workdir)
 	if err != nil {
-		err = httpErrorf(http.StatusBadRequest, "error expanding and resolving path '%s': failed to expand path '' for user '%s': %v", path, user.name, err)
+		err = httpErrorf(http.StatusBadRequest, "error expanding and resolving path '%s': failed to expand path '' for user '%s': %v",
+			path, user.name, err)
 	}
 	return resolved, err
 }
@@ -119,7 +124,7 @@ func (s *fileService) resolve(user account, path string) (string, error) {
 func (s *fileService) download(w http.ResponseWriter, r *http.Request) {
 	f, info, path, err := s.openDownload(r)
 	if err != nil {
-		s.answer(w, err)
+		s.answer(w, nil, err)
 		return
 	}
 	defer f.Close()
@@ -134,7 +139,7 @@ func (s *fileService) download(w http.ResponseWriter, r *http.Request) {
 	}
 	encoding, err := negotiate(r.Header)
 	if err != nil {
-		s.answer(w, err)
+		s.answer(w, nil, err)
 		return
 	}
 	h.Set("Content-Disposition", mime.FormatMediaType("inline", map[string]string{"filename": filepath.Base(path)}))
@@ -157,50 +162,39 @@ func (s *fileService) download(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *fileService) openDownload(r *http.Request) (f *os.File, info os.FileInfo, path string, err error) {
-	query := r.URL.Query()
-	if err := s.access(r, "read"); err != nil {
-		return nil, nil, "", err
+	user, err := s.acting(r, "read", nothing)
+	if err == nil {
+		path, err = s.resolve(user, r.URL.Query().Get("path"))
 	}
-	name, err := s.userName(query.Get("username"))
 	if err != nil {
 		return nil, nil, "", err
-	}
-	user, err := s.user(name)
-	if err != nil {
-		return nil, nil, "", err
-	}
-	path, err = s.resolve(user, query.Get("path"))
-	if err != nil {
-		return nil, nil, "", err
-	}
-	asTar := accepts(r.Header.Values("Accept"), "application/x-tar")
-	check := func(info os.FileInfo, err error) error {
-		switch {
-		case errors.Is(err, syscall.ENOENT):
-			return httpErrorf(http.StatusNotFound, "path '%s' does not exist", path)
-		case err != nil:
-			return fmt.Errorf("error checking if path exists '%s': %w", path, err)
-		case info.IsDir() && !asTar:
-			return httpErrorf(http.StatusBadRequest, "path '%s' is a directory", path)
-		case !info.IsDir() && !info.Mode().IsRegular():
-			return httpErrorf(http.StatusBadRequest, "path '%s' is not a regular file", path)
-		}
-		return nil
 	}
 	info, err = os.Stat(path)
-	if err := check(info, err); err != nil {
-		return nil, nil, "", err
-	}
-	f, err = os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // never waits, whatever has the name by now
-	if err != nil {
-		return nil, nil, "", fmt.Errorf("error opening file '%s': %w", path, err)
-	}
-	info, err = f.Stat()
-	if err := check(info, err); err != nil {
+	switch {
+	case errors.Is(err, syscall.ENOENT):
+		err = httpErrorf(http.StatusNotFound, "path '%s' does not exist", path)
+	case err != nil:
+		err = fmt.Errorf("error checking if path exists '%s': %w", path, err)
+	case info.IsDir() && !accepts(r.Header.Values("Accept"), "application/x-tar"):
+		err = httpErrorf(http.StatusBadRequest, "path '%s' is a directory", path)
+	case !info.IsDir() && !info.Mode().IsRegular():
+		err = httpErrorf(http.StatusBadRequest, "path '%s' is not a regular file", path)
+	default:
+		if f, err = os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0); err != nil { // never waits, whatever has the name by now
+			break
+		}
+		was := info.Mode().Type()
+		if info, err = f.Stat(); err == nil && info.Mode().Type() == was {
+			return f, info, path, nil
+		}
 		f.Close()
-		return nil, nil, "", err
+		err = cmp.Or(err, error(unix.EAGAIN))
 	}
-	return f, info, path, nil
+	var known *httpError
+	if err != nil && info != nil && !errors.As(err, &known) {
+		err = fmt.Errorf("error opening file '%s': %w", path, err)
+	}
+	return nil, nil, "", err
 }
 
 func accepts(headers []string, mediaType string) bool {
@@ -297,42 +291,21 @@ func sendGzip(w http.ResponseWriter, f *os.File) {
 	}
 }
 
+// contentTypes are by extension: the guest's own tables are not asked.
 var contentTypes = func() map[string]string {
 	types := map[string]string{}
-	for line := range strings.Lines(`text/plain; charset=utf-8|txt text log conf cfg ini
-text/html; charset=utf-8|html htm
-text/css; charset=utf-8|css
-text/csv; charset=utf-8|csv
-text/markdown; charset=utf-8|md markdown
-text/javascript; charset=utf-8|js mjs
-text/xml; charset=utf-8|xml
-application/json|json map
-application/pdf|pdf
-application/wasm|wasm
-application/zip|zip
-application/gzip|gz tgz
-application/x-tar|tar
-application/x-bzip2|bz2
-application/x-xz|xz
-application/zstd|zst
-image/avif|avif
-image/gif|gif
-image/jpeg|jpg jpeg
-image/png|png
-image/svg+xml|svg
-image/webp|webp
-image/x-icon|ico
-audio/mpeg|mp3
-audio/ogg|ogg
-audio/wav|wav
-video/mp4|mp4
-video/webm|webm
-font/woff|woff
-font/woff2|woff2
-`) {
-		contentType, extensions, _ := strings.Cut(strings.TrimSpace(line), "|")
-		for extension := range strings.FieldsSeq(extensions) {
-			types["."+extension] = contentType
+	for line := range strings.Lines(`txt text log conf cfg ini=text/plain; charset=utf-8
+html htm=text/html; charset=utf-8|css=text/css; charset=utf-8|csv=text/csv; charset=utf-8|xml=text/xml; charset=utf-8
+md markdown=text/markdown; charset=utf-8|js mjs=text/javascript; charset=utf-8|json map=application/json
+pdf=application/pdf|wasm=application/wasm|zip=application/zip|gz tgz=application/gzip|tar=application/x-tar
+bz2=application/x-bzip2|xz=application/x-xz|zst=application/zstd|woff=font/woff|woff2=font/woff2
+avif=image/avif|gif=image/gif|jpg jpeg=image/jpeg|png=image/png|svg=image/svg+xml|webp=image/webp|ico=image/x-icon
+mp3=audio/mpeg|ogg=audio/ogg|wav=audio/wav|mp4=video/mp4|webm=video/webm`) {
+		for group := range strings.SplitSeq(strings.TrimSpace(line), "|") {
+			extensions, contentType, _ := strings.Cut(group, "=")
+			for extension := range strings.FieldsSeq(extensions) {
+				types["."+extension] = contentType
+			}
 		}
 	}
 	return types
@@ -364,38 +337,28 @@ func (s *fileService) upload(w http.ResponseWriter, r *http.Request) {
 	if err == nil {
 		err = u.receive(r.Header.Get("Content-Type"))
 	}
-	if err != nil {
-		s.answer(w, err)
-		return
-	}
-	w.Header().Set("Content-Type", "application/json")
-	json.NewEncoder(w).Encode(u.files)
+	s.answer(w, u.files, err)
 }
 
 func (s *fileService) beginUpload(r *http.Request) (*uploadRequest, error) {
 	u := &uploadRequest{fileService: s, query: r.URL.Query(), body: r.Body, length: r.ContentLength, files: []written{}}
-	if err := s.access(r, "write"); err != nil {
-		return nil, err
-	}
-	name, err := s.userName(u.query.Get("username"))
-	if err != nil {
-		return nil, err
-	}
-	const cannot = "error decompressing request body: "
-	coding := r.Header.Get("Content-Encoding")
-	switch name, _, _ := strings.Cut(coding, ";"); strings.ToLower(strings.TrimSpace(name)) {
-	case "", "identity":
-	case "gzip":
-		if u.body, err = gzip.NewReader(r.Body); err != nil {
-			return nil, httpErrorf(http.StatusBadRequest, cannot+"failed to create gzip reader: %v", err)
+	var err error
+	u.user, err = s.acting(r, "write", func() (err error) {
+		coding, _, _ := strings.Cut(r.Header.Get("Content-Encoding"), ";")
+		switch coding = strings.ToLower(strings.TrimSpace(coding)); coding {
+		case "", "identity":
+		case "gzip":
+			if u.body, err = gzip.NewReader(r.Body); err != nil {
+				err = httpErrorf(http.StatusBadRequest, "error decompressing request body: failed to create gzip reader: %v", err)
+			}
+		default:
+			err = httpErrorf(http.StatusBadRequest, "error decompressing request body: unsupported Content-Encoding: %s, supported: [gzip]", coding)
 		}
-	default:
-		return nil, httpErrorf(http.StatusBadRequest, cannot+"unsupported Content-Encoding: %s, supported: [gzip]", coding)
+		return err
+	})
+	if err == nil {
+		u.metadata, err = requestMetadata(r.Header)
 	}
-	if u.user, err = s.user(name); err != nil {
-		return nil, err
-	}
-	u.metadata, err = requestMetadata(r.Header)
 	return u, err
 }
 
@@ -479,33 +442,27 @@ func (u *uploadRequest) receiveFile(path string, body io.Reader) error {
 	if err != nil {
 		return err
 	}
-	var others []string
-	twice := false
-	for _, f := range u.files {
-		if f.Path == path {
-			twice = true
-		} else {
-			others = append(others, f.Path)
-		}
-	}
-	if twice {
+	if slices.ContainsFunc(u.files, func(f written) bool { return f.Path == path }) {
 		text := fmt.Sprintf("you cannot upload multiple files to the same path '%s' in one upload request, only the first specified file was uploaded", path)
+		var others []string
+		for _, f := range u.files {
+			if f.Path != path {
+				others = append(others, f.Path)
+			}
+		}
 		if len(others) > 1 {
 			text += ", also the following files were uploaded: " + strings.Join(others, ", ")
 		}
 		return httpErrorf(http.StatusBadRequest, "%s", text)
 	}
 	metadata, err := u.put(path, u.user, u.metadata, body)
-	if isFull(err) {
-		var known *httpError
-		if !errors.As(err, &known) {
-			err = httpErrorf(http.StatusInsufficientStorage, "not enough disk space available")
-			if u.length > 0 {
-				err = httpErrorf(http.StatusInsufficientStorage, "attempted to write %d bytes: not enough disk space available", u.length)
-			}
-		}
-	}
-	if err != nil {
+	var known *httpError
+	switch {
+	case isFull(err) && !errors.As(err, &known) && u.length > 0:
+		return httpErrorf(http.StatusInsufficientStorage, "attempted to write %d bytes: not enough disk space available", u.length)
+	case isFull(err) && !errors.As(err, &known):
+		return httpErrorf(http.StatusInsufficientStorage, "not enough disk space available")
+	case err != nil:
 		return err
 	}
 	u.files = append(u.files, written{Path: path, Name: filepath.Base(path), Type: "file", Metadata: metadata})
@@ -533,31 +490,43 @@ func (s *fileService) put(path string, owner account, metadata map[string]string
 }
 
 func (s *fileService) putOnce(path string, owner account, metadata map[string]string, content []byte, whole bool, rest io.Reader) (map[string]string, error) {
-	p, err := walkPath(walk{users: s.users, mkdirs: &owner, follow: true}, path)
+	r, err := s.target(path, owner, metadata)
 	if err != nil {
-		return nil, fmt.Errorf("error ensuring directories: %w", err)
+		return nil, err
 	}
-	defer p.close()
-	switch {
-	case p.name == "" || p.kind() == unix.S_IFDIR:
-		return nil, httpErrorf(http.StatusBadRequest, "path is a directory: %s", path)
-	case p.exists() && p.kind() != unix.S_IFREG:
-		return nil, httpErrorf(http.StatusBadRequest, "path '%s' is not a regular file", path)
-	}
-	r := &replacement{place: p, owner: owner, metadata: metadata}
+	defer r.close()
+	err = errNotInPlace
 	if whole {
-		if err = r.inPlace(bytes.NewReader(content), int64(len(content))); !errors.Is(err, errNotInPlace) {
-			return r.stored, err
-		}
+		err = r.inPlace(bytes.NewReader(content), int64(len(content)))
 	}
-	err = r.beside(func(f *os.File) error {
-		_, err := f.Write(content)
-		if err == nil && !whole {
-			_, err = copyAll(f, rest)
-		}
-		return err
-	})
+	if errors.Is(err, errNotInPlace) {
+		err = r.beside(func(f *os.File) error {
+			_, err := f.Write(content)
+			if err == nil && !whole {
+				_, err = copyAll(f, rest)
+			}
+			return err
+		})
+	}
 	return r.stored, err
+}
+
+// target goes to a file that is to be replaced or made.
+func (s *fileService) target(path string, owner account, metadata map[string]string) (*replacement, error) {
+	p, err := walkPath(walk{users: s.users, mkdirs: &owner, follow: true}, path)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("error ensuring directories: %w", err)
+	case p.name == "" || p.kind() == unix.S_IFDIR:
+		err = httpErrorf(http.StatusBadRequest, "path is a directory: %s", path)
+	case p.exists() && p.kind() != unix.S_IFREG:
+		err = httpErrorf(http.StatusBadRequest, "path '%s' is not a regular file", path)
+	}
+	if err != nil {
+		p.close()
+		return nil, err
+	}
+	return &replacement{place: p, owner: owner, metadata: metadata}, nil
 }
 
 // readWhole reads a body into memory, as far as it and all others may be there. What it gives counts in held.
@@ -780,11 +749,7 @@ func (r *replacement) copyAttributes(fd int) error {
 // ---- compose -------------------------------------------------------------------------------------------------------
 
 func (s *fileService) compose(w http.ResponseWriter, r *http.Request) {
-	var req struct {
-		SourcePaths []string `json:"source_paths"`
-		Destination string   `json:"destination"`
-		Username    string   `json:"username"`
-	}
+	var req composeRequest
 	err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 16<<20)).Decode(&req)
 	switch {
 	case err != nil:
@@ -793,67 +758,52 @@ func (s *fileService) compose(w http.ResponseWriter, r *http.Request) {
 		err = httpErrorf(http.StatusBadRequest, "source_paths must not be empty")
 	case req.Destination == "":
 		err = httpErrorf(http.StatusBadRequest, "destination is required")
-	}
-	var destination string
-	if err == nil {
-		destination, err = s.composeFile(req.Username, req.SourcePaths, req.Destination)
-	}
-	if err != nil {
-		if isFull(err) {
+	default:
+		if err = s.composeFile(&req); isFull(err) {
 			err = httpErrorf(http.StatusInsufficientStorage, "not enough disk space available")
 		}
-		s.answer(w, err)
-		return
 	}
-	w.Header().Set("Content-Type", "application/json")
-	json.NewEncoder(w).Encode(written{Path: destination, Name: filepath.Base(destination), Type: "file"})
+	s.answer(w, written{Path: req.Destination, Name: filepath.Base(req.Destination), Type: "file"}, err)
 }
 
-func (s *fileService) composeFile(userName string, sources []string, destination string) (string, error) {
-	name, err := s.userName(userName)
+type composeRequest struct {
+	SourcePaths []string `json:"source_paths"`
+	Destination string   `json:"destination"`
+	Username    string   `json:"username"`
+}
+
+// composeFile puts the sources, one after the other, in the place of the destination, and removes them.
+func (s *fileService) composeFile(req *composeRequest) error {
+	user, err := s.user(req.Username, nothing)
 	if err != nil {
-		return "", err
+		return err
 	}
-	user, err := s.user(name)
-	if err != nil {
-		return "", err
-	}
-	_, workdir := s.defaults()
-	resolve := func(path string) (string, error) {
-		resolved, err := resolvePath(path, user.home, workdir)
-		if err != nil {
-			err = httpErrorf(http.StatusBadRequest, "error resolving path '%s': %v", path, err)
+	_, workdir := s.settings.defaults()
+	resolved := make([]string, len(req.SourcePaths)+1)
+	for i, path := range append(req.SourcePaths, req.Destination) {
+		if resolved[i], err = resolvePath(path, user.home, workdir); err != nil {
+			return httpErrorf(http.StatusBadRequest, "error resolving path '%s': %v", path, err)
 		}
-		return resolved, err
 	}
-	if destination, err = resolve(destination); err != nil {
-		return "", err
-	}
-	resolved := make([]string, len(sources))
+	sources := resolved[:len(req.SourcePaths)]
+	req.Destination = resolved[len(sources)]
 	for i, source := range sources {
-		if resolved[i], err = resolve(source); err != nil {
-			return "", err
+		if filepath.Clean(source) == filepath.Clean(req.Destination) {
+			return httpErrorf(http.StatusBadRequest, "source path \"%s\" cannot be the same as destination", req.SourcePaths[i])
 		}
-		if filepath.Clean(resolved[i]) == filepath.Clean(destination) {
-			return "", httpErrorf(http.StatusBadRequest, "source path \"%s\" cannot be the same as destination", source)
-		}
-		f, err := s.openSource(resolved[i])
+		f, err := s.openSource(source)
 		if err != nil {
-			return "", err
+			return err
 		}
 		f.Close()
 	}
-	p, err := walkPath(walk{users: s.users, mkdirs: &user, follow: true}, destination)
+	r, err := s.target(req.Destination, user, nil)
 	if err != nil {
-		return "", fmt.Errorf("error ensuring directories: %w", err)
+		return err
 	}
-	defer p.close()
-	if p.name == "" || p.exists() && p.kind() != unix.S_IFREG {
-		return "", httpErrorf(http.StatusBadRequest, "path '%s' is not a regular file", destination)
-	}
-	r := &replacement{place: p, owner: user}
+	defer r.close()
 	err = r.beside(func(to *os.File) error {
-		for _, path := range resolved {
+		for _, path := range sources {
 			from, err := s.openSource(path)
 			if err != nil {
 				return err
@@ -866,20 +816,22 @@ func (s *fileService) composeFile(userName string, sources []string, destination
 		}
 		return nil
 	})
-	if err != nil {
-		return "", err
-	}
-	for _, path := range resolved {
-		source, err := walkPath(walk{users: s.users}, path)
-		if err == nil {
+	for _, path := range sources {
+		if err != nil {
+			break
+		}
+		source, walkErr := walkPath(walk{users: s.users}, path)
+		if err = walkErr; err == nil {
 			err = source.do(func() error { return unix.Unlinkat(source.dir, source.name, 0) })
 			source.close()
 		}
-		if err != nil && !errors.Is(err, unix.ENOENT) {
-			return "", fmt.Errorf("%s is complete, but its source %s could not be removed: %w", destination, path, err)
+		if errors.Is(err, unix.ENOENT) {
+			err = nil // named twice
+		} else if err != nil {
+			err = fmt.Errorf("%s is complete, but its source %s could not be removed: %w", req.Destination, path, err)
 		}
 	}
-	return destination, nil
+	return err
 }
 
 // openSource opens what is to be moved into another file: with no more power than removing it takes.

@@ -33,7 +33,7 @@ const (
 
 type fsService struct {
 	users     *userDB
-	defaults  func() (user, workdir string)
+	settings  *settings
 	keepAlive time.Duration
 	stopping  <-chan struct{}
 
@@ -45,7 +45,7 @@ type fsService struct {
 
 // resolve gives the acting user, and the path that a client means.
 func (s *fsService) resolve(ctx context.Context, path string) (account, string, error) {
-	defaultUser, defaultWorkdir := s.defaults()
+	defaultUser, defaultWorkdir := s.settings.defaults()
 	user, err := actingUser(ctx, s.users, defaultUser)
 	if err != nil {
 		return user, "", connect.NewError(connect.CodeUnauthenticated, err)

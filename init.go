@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 )
@@ -67,6 +68,9 @@ func parseInit(body io.Reader) (*initRequest, error) {
 		var value string
 		if raw == nil || json.Unmarshal(*raw, &value) != nil {
 			return nil, fmt.Errorf("envVars: the value of %q is not a string", name)
+		}
+		if name == "" || strings.ContainsAny(name, "=\x00") || strings.Contains(value, "\x00") {
+			return nil, fmt.Errorf("envVars: %q cannot be a variable's name, or its value has a NUL byte", name)
 		}
 		req.env[name] = value
 	}

@@ -50,10 +50,7 @@ type config struct {
 	allowOrigin   string
 	stopTimeout   time.Duration
 	startTimeout  time.Duration
-	outputBuffer  int64
-	outputMemory  int64
-	outputEnded   int64
-	resumeGrace   time.Duration
+	output        outputMemory
 }
 
 func parseFlags(args []string, errOut io.Writer) (*config, error) {
@@ -61,46 +58,39 @@ func parseFlags(args []string, errOut io.Writer) (*config, error) {
 	f := flag.NewFlagSet("envd", flag.ContinueOnError)
 	f.SetOutput(errOut)
 	var ignored bool
-	groups := flagGroups{set: f}
-	groups.next("General")
-	f.IntVar(&c.port, "port", 49983, "TCP `port` to listen on")
-	f.StringVar(&c.listen, "listen", "", "`address` to listen on (default all interfaces)")
-	f.BoolVar(&c.server.isnotfc, "isnotfc", false, "not in a Firecracker guest: a developer's machine")
-	f.StringVar(&c.cmd, "cmd", "", "shell `command` to run at start, as the default user, with the tag startCmd")
-	f.StringVar(&c.runDir, "run-dir", "/run/wrenn", "`directory` for the files that tell the guest about its sandbox")
-	f.BoolVar(&c.showVersion, "version", false, "print the version and exit")
-	f.BoolVar(&c.showCommit, "commit", false, "print the commit and exit")
-	groups.next("Who may ask")
-	f.StringVar(&c.allowOrigin, "allow-origin", "", "comma-separated `origins` of web pages that may ask without a token under --isnotfc; * allows all")
-	f.BoolVar(&c.server.noLocalClients, "no-local-clients", false, "refuse every peer that has one of this machine's own addresses")
-	groups.next("Control groups")
-	f.StringVar(&c.cgroupRoot, "cgroup-root", "/sys/fs/cgroup", "cgroup2 `directory` for the groups of processes; under --isnotfc only if given")
-	f.BoolVar(&c.noCgroups, "no-cgroups", false, "use process groups only")
-	groups.next("Processes")
-	f.DurationVar(&c.process.endSilence, "end-silence", 250*time.Millisecond, "how long background children of an ended process must be silent before its stream ends")
-	f.DurationVar(&c.process.endGrace, "end-grace", 2*time.Second, "how long they may talk on before it ends all the same")
-	f.DurationVar(&c.process.retainTime, "retain-time", 10*time.Minute, "how long the status and output of an ended process are kept")
-	f.IntVar(&c.process.retainCount, "retain-count", 4096, "`count` of them that are kept")
-	f.DurationVar(&c.startTimeout, "start-timeout", 30*time.Second, "how long the start of a process may hang in the kernel")
-	f.IntVar(&c.process.maxProcesses, "max-processes", 4096, "`count` of processes that may run at once")
-	groups.next("Output")
-	f.Int64Var(&c.outputBuffer, "output-buffer", 512<<10, "`bytes` of output kept of each running process")
-	f.Int64Var(&c.outputMemory, "output-memory", 0, "`bytes` of output kept of all running ones together (default 1/16 of the memory)")
-	f.Int64Var(&c.outputEnded, "output-ended", 4<<20, "`bytes` of output kept of all ended ones together")
-	f.DurationVar(&c.resumeGrace, "resume-grace", 2*time.Second, "how long a process with a full buffer waits for a client that lost its connection")
-	groups.next("Streams")
-	f.DurationVar(&c.process.stallAlone, "stall-timeout", 60*time.Second, "how long a client may take no output before its stream is cut")
-	f.DurationVar(&c.process.stallShared, "stall-timeout-shared", 10*time.Second, "the same while another client waits because of it")
-	f.DurationVar(&c.process.keepAlive, "keepalive-interval", 90*time.Second, "interval of keep-alive events, where the client names none")
-	groups.next("Server")
-	f.DurationVar(&c.server.headerTimeout, "header-timeout", 30*time.Second, "how long a client may take to send a request's header")
-	f.DurationVar(&c.server.idleTimeout, "idle-timeout", 640*time.Second, "how long a connection is kept open between requests")
-	f.IntVar(&c.server.maxWaiting, "max-waiting-connections", 1024, "`count` of connections that may be open without a request; beyond it the oldest is closed")
-	f.DurationVar(&c.stopTimeout, "stop-timeout", 5*time.Second, "how long requests may take to finish after SIGTERM")
-	groups.next("Accepted and without effect, for launchers of other agents")
-	f.BoolVar(&ignored, "verbose", false, "")
-	f.BoolVar(&ignored, "resume-handover", false, "")
-	f.Usage = groups.print
+	f.IntVar(&c.port, "port", 49983, "General: TCP `port` to listen on")
+	f.StringVar(&c.listen, "listen", "", "General: `address` to listen on (default all interfaces)")
+	f.BoolVar(&c.server.isnotfc, "isnotfc", false, "General: not in a Firecracker guest: a developer's machine")
+	f.StringVar(&c.cmd, "cmd", "", "General: shell `command` to run at start, as the default user, with the tag startCmd")
+	f.StringVar(&c.runDir, "run-dir", "/run/wrenn", "General: `directory` for the files that tell the guest about its sandbox")
+	f.BoolVar(&c.showVersion, "version", false, "General: print the version and exit")
+	f.BoolVar(&c.showCommit, "commit", false, "General: print the commit and exit")
+	f.StringVar(&c.allowOrigin, "allow-origin", "", "Who may ask: comma-separated `origins` of web pages that may ask without a token under --isnotfc; * allows all")
+	f.BoolVar(&c.server.noLocalClients, "no-local-clients", false, "Who may ask: refuse every peer that has one of this machine's own addresses")
+	f.StringVar(&c.cgroupRoot, "cgroup-root", "/sys/fs/cgroup", "Control groups: cgroup2 `directory` for the groups of processes; under --isnotfc only if given")
+	f.BoolVar(&c.noCgroups, "no-cgroups", false, "Control groups: use process groups only")
+	f.DurationVar(&c.process.endSilence, "end-silence", 250*time.Millisecond, "Processes: how long background children of an ended process must be silent before its stream ends")
+	f.DurationVar(&c.process.endGrace, "end-grace", 2*time.Second, "Processes: how long they may talk on before it ends all the same")
+	f.DurationVar(&c.process.retainTime, "retain-time", 10*time.Minute, "Processes: how long the status and output of an ended process are kept")
+	f.IntVar(&c.process.retainCount, "retain-count", 4096, "Processes: `count` of them that are kept")
+	f.DurationVar(&c.startTimeout, "start-timeout", 30*time.Second, "Processes: how long the start of a process may hang in the kernel")
+	f.IntVar(&c.process.maxProcesses, "max-processes", 4096, "Processes: `count` of processes that may run at once")
+	f.Int64Var(&c.output.perLog, "output-buffer", 512<<10, "Output: `bytes` of output kept of a running process that no client follows")
+	f.Int64Var(&c.output.resume, "output-resume", 4<<20, "Output: `bytes` kept of what a client was sent last, for it to come back after a broken connection")
+	f.Int64Var(&c.output.liveLimit, "output-memory", 0, "Output: `bytes` of output kept of all running ones together (default 1/16 of the memory)")
+	f.Int64Var(&c.output.endedLimit, "output-ended", 4<<20, "Output: `bytes` of output kept of all ended ones together")
+	f.DurationVar(&c.output.grace, "resume-grace", 2*time.Second, "Output: how long a process with a full buffer waits for a client that lost its connection")
+	f.DurationVar(&c.process.stallAlone, "stall-timeout", 60*time.Second, "Streams: how long a client may take no output before its stream is cut")
+	f.DurationVar(&c.process.stallShared, "stall-timeout-shared", 10*time.Second, "Streams: the same while another client waits because of it")
+	f.DurationVar(&c.process.keepAlive, "keepalive-interval", 90*time.Second, "Streams: interval of keep-alive events, where the client names none")
+	f.DurationVar(&c.server.headerTimeout, "header-timeout", 30*time.Second, "Server: how long a client may take to send a request's header")
+	f.DurationVar(&c.server.idleTimeout, "idle-timeout", 640*time.Second, "Server: how long a connection is kept open between requests")
+	f.IntVar(&c.server.maxWaiting, "max-waiting-connections", 512, "Server: `count` of connections that may wait for a request or the rest of one; beyond it the oldest is closed")
+	f.IntVar(&c.server.maxRequests, "max-requests", 8192, "Server: `count` of requests, streams among them, that may be served at once")
+	f.DurationVar(&c.stopTimeout, "stop-timeout", 5*time.Second, "Server: how long requests may take to finish after SIGTERM")
+	f.BoolVar(&ignored, "verbose", false, "Without effect: accepted for launchers of other agents")
+	f.BoolVar(&ignored, "resume-handover", false, "Without effect: the same")
+	f.Usage = func() { printFlags(f) }
 	if err := f.Parse(args); err != nil {
 		return nil, err
 	}
@@ -114,37 +104,22 @@ func parseFlags(args []string, errOut io.Writer) (*config, error) {
 	return c, nil
 }
 
-// flagGroups prints flags under the headings they were declared below.
-type flagGroups struct {
-	set    *flag.FlagSet
-	titles []string
-	starts []map[string]bool // the flags declared before each heading
-}
+// flagGroups are the headings of --help; each flag's text begins with one.
+var flagGroups = []string{"General", "Who may ask", "Control groups", "Processes", "Output", "Streams", "Server", "Without effect"}
 
-func (g *flagGroups) next(title string) {
-	before := map[string]bool{}
-	g.set.VisitAll(func(f *flag.Flag) { before[f.Name] = true })
-	g.titles, g.starts = append(g.titles, title), append(g.starts, before)
-}
-
-func (g *flagGroups) print() {
-	g.next("")
-	out := g.set.Output()
+func printFlags(f *flag.FlagSet) {
+	out := f.Output()
 	fmt.Fprintln(out, "Usage: envd [flags]\n\nThe guest agent of a microVM sandbox. The level of the log is set by ENVD_LOG=debug|info|warn|error.")
-	for i, title := range g.titles[:len(g.titles)-1] {
-		fmt.Fprintf(out, "\n%s:\n", title)
-		g.set.VisitAll(func(f *flag.Flag) {
-			if g.starts[i][f.Name] || !g.starts[i+1][f.Name] {
-				return
+	for _, group := range flagGroups {
+		fmt.Fprintf(out, "\n%s:\n", group)
+		f.VisitAll(func(fl *flag.Flag) {
+			argument, usage := flag.UnquoteUsage(fl)
+			if usage, ok := strings.CutPrefix(usage, group+": "); ok {
+				if fl.DefValue != "" && fl.DefValue != "false" && fl.DefValue != "0" {
+					usage += " (default " + fl.DefValue + ")"
+				}
+				fmt.Fprintf(out, "  --%-32s %s\n", fl.Name+" "+argument, usage)
 			}
-			argument, usage := flag.UnquoteUsage(f)
-			if argument != "" {
-				argument = " " + argument
-			}
-			if f.DefValue != "" && f.DefValue != "false" && f.DefValue != "0" {
-				usage += " (default " + f.DefValue + ")"
-			}
-			fmt.Fprintf(out, "  --%-32s %s\n", f.Name+argument, usage)
 		})
 	}
 }
@@ -175,29 +150,29 @@ func run(c *config) int {
 		return 1
 	}
 
-	users := newUserDB()
+	users := &userDB{}
 	token := &accessToken{}
 	settings := newSettings(startUser(users))
 	settings.setSystem("WRENN_SANDBOX", strconv.FormatBool(!c.server.isnotfc))
 	writeRunDir(c)
-	cgroups := openCgroupRoot(c)
-	defer cgroups.close()
 	poller, err := newPoller()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "envd:", err)
 		return 1
 	}
 	spawner := newSpawner(c.startTimeout, poller)
+	spawner.cgroups = openCgroupRoot(c, spawner.canUse)
+	defer spawner.cgroups.close()
 	stopping := make(chan struct{})
-	memory := newOutputMemory(c.outputBuffer, c.outputMemory, c.outputEnded, c.resumeGrace)
+	memory := &c.output
 	if memory.liveLimit == 0 {
 		memory.liveLimit = int64(totalMemory() / 16)
 	}
-	c.process.environment, c.process.defaults, c.process.stopping = settings.environment, settings.defaults, stopping
 	if c.process.path = os.Getenv("PATH"); c.process.path == "" {
 		c.process.path = standardPath
 	}
-	processes := newProcessService(c.process, users, spawner, cgroups, poller, memory)
+	processes := &processService{processOptions: c.process, users: users, settings: settings, spawner: spawner,
+		poller: poller, memory: memory, stopping: stopping, running: map[uint32]*process{}}
 
 	c.server.version = version
 	c.server.allowedOrigins = strings.Split(c.allowOrigin, ",")
@@ -208,10 +183,10 @@ func run(c *config) int {
 	if !c.server.isnotfc && os.Geteuid() == 0 {
 		raiseWatchLimits()
 	}
-	filesystem := &fsService{users: users, defaults: settings.defaults, keepAlive: c.process.keepAlive, stopping: stopping,
+	filesystem := &fsService{users: users, settings: settings, keepAlive: c.process.keepAlive, stopping: stopping,
 		watchers: map[string]*pollingWatcher{}}
 	srv.service(pb.NewFilesystemHandler(filesystem, rpcOptions...))
-	files := &fileService{users: users, token: token, defaults: settings.defaults, fail: jsonError}
+	files := &fileService{users: users, token: token, settings: settings}
 	srv.handle(route{"GET", "/files", true, files.download})
 	srv.handle(route{"HEAD", "/files", true, files.download})
 	srv.handle(route{"POST", "/files", true, files.upload})
@@ -245,6 +220,7 @@ func run(c *config) int {
 		code = 1
 	}
 	close(stopping)
+	srv.waiting.closeAll()
 	ctx, cancel := context.WithTimeout(context.Background(), c.stopTimeout*9/10)
 	defer cancel()
 	if err := httpServer.Shutdown(ctx); err != nil {
@@ -311,15 +287,23 @@ func writeRunDir(c *config) {
 }
 
 // openCgroupRoot gives nil, and a warning, where there is no cgroup2 to use.
-func openCgroupRoot(c *config) *cgroups {
+func openCgroupRoot(c *config, canUse func(*cgroupLeaf) bool) *cgroups {
 	if c.noCgroups {
 		return nil
 	}
-	open := func() (*cgroups, error) { return openCgroups(c.cgroupRoot, false) }
+	open := func() (*cgroups, error) { return openCgroups(c.cgroupRoot) }
 	if c.server.isnotfc && !c.cgroupRootSet {
 		open = openOwnCgroups
 	}
 	cg, err := open()
+	if err == nil {
+		leaf := cg.acquire("user")
+		if !canUse(leaf) {
+			err = errors.New("the kernel kills what is cloned into a cgroup")
+			defer cg.close()
+		}
+		cg.release(leaf)
+	}
 	if err != nil {
 		slog.Warn("no cgroup leaves; process groups serve instead", "logger", "cgroup", "error", err)
 		return nil

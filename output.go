@@ -1,10 +1,10 @@
 // The output log of a process: what it wrote, in arrival order, under absolute byte offsets.
 //
-// Rules. With a subscriber attached nothing is dropped: nobody reads the pipe while the slowest one is outputPending
-// behind, so that the pipe fills and the child blocks. With nobody attached the oldest bytes go and are counted, so that
+// Rules. With a subscriber attached nothing is dropped: nobody reads the pipe while no subscriber could take more, so that the pipe fills and the child blocks. With nobody attached the oldest bytes go and are counted, so that
 // an unattended process runs on; only for a short grace after its last subscriber left does it wait, because a client
 // that lost its connection comes back for the bytes that were on their way to it. For the same reason bytes that were
-// handed to a connection stay for a while: the log keeps `perLog` bytes behind the slowest subscriber.
+// handed to a connection stay for a while: they may still be in the socket buffers of both sides, the client's above all,
+// which Linux lets grow to some 3 MiB for a fast reader (tcp(7), tcp_rmem).
 //
 // All logs share one mutex and one memory budget; nothing is done under it but moving bytes.
 
@@ -27,12 +27,13 @@ const (
 const (
 	// outputChunk is the largest piece that is read, kept and sent at once.
 	outputChunk = 128 << 10
-	// outputPending is how far, in bytes, the slowest subscriber may be behind before its process has to wait. Little, since
-	// what is pending here comes on top of what is kept for those who come back.
-	outputPending = 64 << 10
+	// outputPending is how far, in bytes, the slowest of several subscribers may be behind before all have to wait.
+	outputPending = 256 << 10
 	// keepWhole is the size from which a read buffer becomes a chunk as it is instead of being copied.
 	keepWhole = 96 << 10
 )
+
+var readBuffers = sync.Pool{New: func() any { return new([outputChunk]byte) }}
 
 type chunk struct {
 	kind outputKind
@@ -45,15 +46,18 @@ func (c *chunk) end() int64 { return c.off + int64(len(c.data)) }
 
 // outputMemory is the budget of all logs, in bytes.
 type outputMemory struct {
-	perLog, liveLimit, endedLimit int64
-	grace                         time.Duration
+	perLog     int64 // of a process that nobody follows
+	resume     int64 // behind what the slowest follower was sent
+	liveLimit  int64
+	endedLimit int64
+	grace      time.Duration
 
 	mu          sync.Mutex // protects everything below, and every log and subscriber
-	live, ended int64      // buffer bytes held by logs of live and of ended processes
+	live, ended int64      // buffer bytes held by endedLogs and by all others
+	short       bool       // readers are held because live is at its limit
 	seq         uint64
-	dropped     int64 // bytes that no subscriber had been sent
-	liveLogs    map[*outputLog]struct{}
-	endedLogs   []*outputLog // oldest first
+	liveLogs    []*outputLog
+	endedLogs   []*outputLog // that nobody follows; the longest ended first
 }
 
 type outputLog struct {
@@ -63,8 +67,10 @@ type outputLog struct {
 	sent       int64 // offset behind the last byte that any client was sent
 	subs       []*subscriber
 	graceUntil time.Time
-	waiting    []func() // what makes the readers that wait for room read on
+	waiting    []*reader // those that are held
 	finished   bool
+	cut        bool // a subscriber was cut, and may have a piece in hand for ever
+	settled    bool // in the budget of the ended ones
 	forgotten  bool
 }
 
@@ -75,41 +81,52 @@ type subscriber struct {
 	limit    int64         // where this stream ends, once the process has ended; -1 before
 	notify   chan struct{} // holds a value when there may be something new
 	progress time.Time     // when it last took something, or when something to take first appeared
+	done     bool          // told that there is no more
 	cut      bool
 	onCut    func()
-}
-
-func newOutputMemory(perLog, liveLimit, endedLimit int64, grace time.Duration) *outputMemory {
-	return &outputMemory{perLog: perLog, liveLimit: liveLimit, endedLimit: endedLimit, grace: grace,
-		liveLogs: map[*outputLog]struct{}{}}
 }
 
 func (m *outputMemory) newLog() *outputLog {
 	l := &outputLog{m: m}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.liveLogs[l] = struct{}{}
+	m.liveLogs = append(m.liveLogs, l)
 	return l
 }
 
-// room tells whether the next piece may be read. If not, it calls hold, and resume once it may.
-func (l *outputLog) room(hold, resume func()) bool {
+// reader is what reads a pipe into the log.
+type reader struct {
+	hold, resume func() // stop and go on reading by itself; called under the log's lock
+	pull         func() // read now: a subscriber has nothing left to send
+}
+
+// room tells whether the next piece may be read. If not, the reader is held until it may.
+func (l *outputLog) room(r *reader) bool {
 	l.m.mu.Lock()
 	defer l.m.mu.Unlock()
 	if !l.fullLocked() {
 		return true
 	}
-	hold()
-	l.waiting = append(l.waiting, resume)
+	r.hold()
+	l.waiting = append(l.waiting, r)
 	return false
 }
 
+// fullLocked: with nobody ready to take more, reading on would only make small pieces of what the pipe could gather.
 func (l *outputLog) fullLocked() bool {
 	if !l.attendedLocked() {
 		return false
 	}
 	pending := l.end - l.slowestLocked()
-	return pending >= outputPending || pending > 0 && l.m.live > l.m.liveLimit
+	if len(l.subs) == 0 {
+		return pending >= l.m.perLog
+	}
+	ready := func(s *subscriber) bool { return s.pos == l.end }
+	if pending > 0 && l.m.live > l.m.liveLimit {
+		l.m.short = true
+		return true
+	}
+	return pending >= outputPending || !slices.ContainsFunc(l.subs, ready)
 }
 
 // held tells whether a reader waits for a subscriber: then the clocks at the end of a process stand still.
@@ -119,8 +136,9 @@ func (l *outputLog) held() bool {
 	return len(l.waiting) > 0
 }
 
+// attendedLocked: followed, or left so recently that the client may come back; not where memory is short.
 func (l *outputLog) attendedLocked() bool {
-	return len(l.subs) > 0 || !l.finished && time.Now().Before(l.graceUntil)
+	return len(l.subs) > 0 || l.m.live+l.m.ended <= l.m.liveLimit && time.Now().Before(l.graceUntil)
 }
 
 // slowestLocked is the offset up to which every subscriber has been served.
@@ -176,7 +194,7 @@ func (l *outputLog) append(kind outputKind, buf []byte, n int) (kept bool) {
 }
 
 func (l *outputLog) accountLocked(bytes int64) {
-	if l.finished {
+	if l.settled {
 		l.m.ended += bytes
 	} else {
 		l.m.live += bytes
@@ -186,12 +204,12 @@ func (l *outputLog) accountLocked(bytes int64) {
 // trimLocked brings this log, then all of them together, back to their bounds.
 func (l *outputLog) trimLocked() {
 	m := l.m
-	for l.droppableLocked() && l.newestNeededLocked()-l.chunks[0].end() >= m.perLog {
+	for l.droppableLocked() && l.chunks[0].end() <= l.keepFromLocked() {
 		l.dropLocked()
 	}
 	for m.live > m.liveLimit {
 		var oldest *outputLog
-		for o := range m.liveLogs {
+		for _, o := range m.liveLogs {
 			if o.droppableLocked() && (oldest == nil || o.olderLocked(oldest)) {
 				oldest = o
 			}
@@ -201,19 +219,21 @@ func (l *outputLog) trimLocked() {
 		}
 		oldest.dropLocked()
 	}
-	for i := 0; m.ended > m.endedLimit && i < len(m.endedLogs); i++ {
-		for o := m.endedLogs[i]; m.ended > m.endedLimit && o.droppableLocked(); {
+	for i := 0; m.ended > m.endedLimit && i < len(m.endedLogs); {
+		if o := m.endedLogs[i]; o.droppableLocked() {
 			o.dropLocked()
+		} else {
+			i++
 		}
 	}
 }
 
-// newestNeededLocked is the offset behind which the log keeps its perLog bytes.
-func (l *outputLog) newestNeededLocked() int64 {
+// keepFromLocked is the offset from which this log keeps its bytes, as far as the common budget allows.
+func (l *outputLog) keepFromLocked() int64 {
 	if l.attendedLocked() {
-		return l.slowestLocked()
+		return l.slowestLocked() - l.m.resume
 	}
-	return l.end
+	return l.end - l.m.perLog
 }
 
 // droppableLocked tells whether the oldest chunk may go: nobody is attached, or all who are have been sent it.
@@ -233,8 +253,10 @@ func (l *outputLog) dropLocked() {
 	c := l.chunks[0]
 	l.chunks[0] = chunk{}
 	l.chunks = l.chunks[1:]
+	if cap(c.data) == outputChunk && !l.cut {
+		readBuffers.Put((*[outputChunk]byte)(c.data[:outputChunk])) // no subscriber has it in hand
+	}
 	l.first = c.end()
-	l.m.dropped += max(0, l.first-max(l.sent, c.off))
 	l.accountLocked(-int64(cap(c.data)))
 }
 
@@ -264,28 +286,20 @@ func (l *outputLog) subscribe(from int64, onCut func()) (s *subscriber, lost int
 		s.limit = l.end
 	}
 	l.subs = append(l.subs, s)
+	l.roomLocked()
 	return s, s.pos - from, true
 }
 
 // finish says that the process has ended: each stream ends at the byte that is the newest now.
 func (l *outputLog) finish() {
-	m := l.m
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, c := range l.chunks {
-		m.live -= int64(cap(c.data))
-		m.ended += int64(cap(c.data))
-	}
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
 	l.finished = true
-	delete(m.liveLogs, l)
-	m.endedLogs = append(m.endedLogs, l)
 	for _, s := range l.subs {
 		s.limit = l.end
 		s.wakeLocked()
 	}
-	l.freeLocked()
-	l.trimLocked()
-	l.roomLocked()
+	l.settleLocked()
 }
 
 // forget frees the log once it has ended and nobody follows it any more. What background children still write is then
@@ -294,24 +308,40 @@ func (l *outputLog) forget() {
 	l.m.mu.Lock()
 	defer l.m.mu.Unlock()
 	l.forgotten = true
-	l.freeLocked()
+	l.settleLocked()
 }
 
-func (l *outputLog) freeLocked() {
-	if !l.forgotten || !l.finished || len(l.subs) > 0 {
-		return
+// settleLocked follows each change of who follows the log: an ended one that nobody will come back to soon moves to the
+// budget of the ended ones, a forgotten one goes, and readers that were held look again.
+func (l *outputLog) settleLocked() {
+	m := l.m
+	switch {
+	case !l.finished || len(l.subs) > 0:
+	case l.forgotten:
+		for len(l.chunks) > 0 {
+			l.dropLocked()
+		}
+		m.liveLogs, m.endedLogs = without(m.liveLogs, l), without(m.endedLogs, l)
+	case !l.settled && !l.attendedLocked():
+		for _, c := range l.chunks {
+			m.live -= int64(cap(c.data))
+			m.ended += int64(cap(c.data))
+		}
+		l.settled = true
+		m.liveLogs, m.endedLogs = without(m.liveLogs, l), append(m.endedLogs, l)
 	}
-	for len(l.chunks) > 0 {
-		l.dropLocked()
-	}
-	l.m.endedLogs = slices.DeleteFunc(l.m.endedLogs, func(o *outputLog) bool { return o == l })
+	l.trimLocked()
+	l.roomLocked()
 }
 
 // roomLocked lets readers go on where there is room: this log's, and others that waited for the shared budget.
 func (l *outputLog) roomLocked() {
 	l.resumeLocked()
-	for o := range l.m.liveLogs {
-		o.resumeLocked()
+	if l.m.short && l.m.live <= l.m.liveLimit {
+		l.m.short = false
+		for _, o := range l.m.liveLogs {
+			o.resumeLocked()
+		}
 	}
 }
 
@@ -319,8 +349,8 @@ func (l *outputLog) resumeLocked() {
 	if len(l.waiting) == 0 || l.fullLocked() {
 		return
 	}
-	for _, resume := range l.waiting {
-		resume()
+	for _, r := range l.waiting {
+		r.resume()
 	}
 	l.waiting = nil
 }
@@ -342,7 +372,8 @@ func (s *subscriber) next() (kind outputKind, data []byte, done, cut bool) {
 		return 0, nil, false, true
 	}
 	if s.pos >= l.end || s.limit >= 0 && s.pos >= s.limit {
-		return 0, nil, s.limit >= 0, false
+		s.done = s.limit >= 0
+		return 0, nil, s.done, false
 	}
 	i, _ := slices.BinarySearchFunc(l.chunks, s.pos, func(c chunk, pos int64) int {
 		if c.end() <= pos {
@@ -358,19 +389,27 @@ func (s *subscriber) next() (kind outputKind, data []byte, done, cut bool) {
 	return c.kind, data, false, false
 }
 
-// sent says that n more bytes are in the hands of the connection.
+// sent says that n more bytes are in the hands of the connection. With nothing left to send it has the held readers read:
+// at full speed all work is done on the subscriber's goroutine.
 func (s *subscriber) sent(n int) {
 	l := s.log
 	l.m.mu.Lock()
-	defer l.m.mu.Unlock()
 	s.pos += int64(n)
 	s.progress = time.Now()
 	l.sent = max(l.sent, s.pos)
 	l.trimLocked()
+	var pull []*reader
+	if s.pos == l.end && !l.fullLocked() {
+		pull, l.waiting = l.waiting, nil
+	}
 	l.roomLocked()
+	l.m.mu.Unlock()
+	for _, r := range pull {
+		r.pull()
+	}
 }
 
-// detach ends a subscription; safe to call after the subscriber was cut.
+// detach ends a subscription. If that was before its end, the client may come back.
 func (s *subscriber) detach() {
 	l := s.log
 	l.m.mu.Lock()
@@ -378,23 +417,24 @@ func (s *subscriber) detach() {
 	if s.cut {
 		return
 	}
-	l.removeLocked(s)
-	if len(l.subs) == 0 && !l.finished && l.m.grace > 0 {
+	if !s.done {
 		l.graceUntil = time.Now().Add(l.m.grace)
 		time.AfterFunc(l.m.grace, func() {
 			l.m.mu.Lock()
 			defer l.m.mu.Unlock()
-			l.trimLocked()
-			l.roomLocked()
+			l.settleLocked()
 		})
 	}
+	l.removeLocked(s)
 }
 
 func (l *outputLog) removeLocked(s *subscriber) {
-	l.subs = slices.DeleteFunc(l.subs, func(o *subscriber) bool { return o == s })
-	l.freeLocked()
-	l.trimLocked()
-	l.roomLocked()
+	l.subs = without(l.subs, s)
+	l.settleLocked()
+}
+
+func without[T comparable](list []T, gone T) []T {
+	return slices.DeleteFunc(list, func(e T) bool { return e == gone })
 }
 
 // cutStalled detaches the subscribers that took nothing for `alone`, or for `shared` while another one waits because of
@@ -402,11 +442,7 @@ func (l *outputLog) removeLocked(s *subscriber) {
 func (m *outputMemory) cutStalled(now time.Time, alone, shared time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	logs := slices.Clone(m.endedLogs)
-	for l := range m.liveLogs {
-		logs = append(logs, l)
-	}
-	for _, l := range logs {
+	for _, l := range slices.Concat(m.liveLogs, m.endedLogs) {
 		for _, s := range slices.Clone(l.subs) {
 			waits := func(o *subscriber) bool { return o.pos == l.end }
 			switch stalled := now.Sub(s.progress); {
@@ -420,7 +456,7 @@ func (m *outputMemory) cutStalled(now time.Time, alone, shared time.Duration) {
 }
 
 func (s *subscriber) cutLocked() {
-	s.cut = true
+	s.cut, s.log.cut = true, true
 	s.log.removeLocked(s)
 	s.wakeLocked()
 	s.onCut()

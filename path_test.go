@@ -93,7 +93,7 @@ func TestWalk(t *testing.T) {
 		{path: "/userlink/new/x", way: walk{mkdirs: &maker}, failed: "permission denied"},
 		{path: "/" + strings.Repeat("n", 256), failed: "file name too long"},
 	} {
-		c.way.users = newUserDB()
+		c.way.users = &userDB{}
 		p, err := walkPath(c.way, dir+c.path)
 		if c.failed != "" {
 			if err == nil || !strings.HasSuffix(err.Error(), c.failed) {

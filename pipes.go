@@ -15,11 +15,14 @@ import (
 // bigPipe is the size, in bytes, that the pipe of a process gets once it writes a lot (pipe(7), F_SETPIPE_SZ).
 const bigPipe = 1 << 20
 
-// pipe gives two close-on-exec descriptors that block.
-func pipe() (read, write int, err error) {
+// pipe gives two close-on-exec descriptors that block. The pipe belongs to the user, who may open /dev/stdout again.
+func pipe(user account) (read, write int, err error) {
 	var fds [2]int
 	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
 		return -1, -1, os.NewSyscallError("pipe2", err)
+	}
+	if user.uid != 0 {
+		unix.Fchown(fds[0], int(user.uid), int(user.gid)) // both ends are one inode
 	}
 	return fds[0], fds[1], nil
 }
@@ -32,42 +35,69 @@ type outputPipe struct {
 	watch  watch
 	atEnd  func()
 
+	reader reader
 	logged atomic.Int64 // bytes
-	held   atomic.Bool  // until there is room in the log
-	grown  bool         // the pipe is a big one
-	eof    bool
+	paused atomic.Bool  // the poller does not report it
+
+	mu    sync.Mutex // makes reading and logging one step
+	grown bool       // the pipe is a big one
+	eof   bool
 }
 
 // newOutputPipe starts to read.
 func newOutputPipe(kind outputKind, fd int, log *outputLog, p *poller, atEnd func()) (*outputPipe, error) {
 	o := &outputPipe{kind: kind, log: log, poller: p, watch: watch{fd: fd}, atEnd: atEnd}
 	o.watch.ready = func() { o.read() }
-	return o, p.add(&o.watch)
-}
-
-// readable counts the bytes that could be read now.
-func (o *outputPipe) readable() int64 {
-	if o.eof {
-		return 0
+	o.reader = reader{o.hold, o.resume, o.pull}
+	err := p.add(&o.watch)
+	if err != nil {
+		unix.Close(fd)
 	}
-	n, _ := unix.IoctlGetInt(o.watch.fd, unix.TIOCINQ) // FIONREAD; 0 with an error
-	return int64(n)
+	return o, err
 }
 
-// drain reads what is there when the process has exited, and the end if that comes next.
+// close gives up reading before the end.
+func (o *outputPipe) close() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.eof = true
+	o.poller.remove(&o.watch)
+}
+
+// drain reads what is there when the process has exited, and the end if that comes next. It tells how many bytes must be in
+// the log before the process can be said to have ended.
 func (o *outputPipe) drain() (target int64) {
-	target = o.logged.Load() + o.readable()
+	o.mu.Lock()
+	readable := 0
+	if !o.eof {
+		readable, _ = unix.IoctlGetInt(o.watch.fd, unix.TIOCINQ) // FIONREAD; 0 with an error
+	}
+	target = o.logged.Load() + int64(readable)
+	o.mu.Unlock()
 	for o.logged.Load() < target && o.read() {
 	}
 	o.read()
 	return target
 }
 
-var readBuffers = sync.Pool{New: func() any { return new([outputChunk]byte) }}
-
 // read moves one piece into the log. It tells whether there may be more at once.
-func (o *outputPipe) read() (more bool) {
-	if o.eof || o.held.Load() || !o.log.room(o.hold, o.resume) {
+func (o *outputPipe) read() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return !o.paused.Load() && o.log.room(&o.reader) && o.readLocked()
+}
+
+// pull reads for a subscriber and leaves the pipe out of the poller as long as that suffices.
+func (o *outputPipe) pull() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.readLocked() || o.log.room(&o.reader) {
+		o.resume()
+	}
+}
+
+func (o *outputPipe) readLocked() (more bool) {
+	if o.eof {
 		return false
 	}
 	buf := readBuffers.Get().(*[outputChunk]byte)
@@ -75,35 +105,35 @@ func (o *outputPipe) read() (more bool) {
 	for err == unix.EINTR {
 		n, err = unix.Read(o.watch.fd, buf[:])
 	}
-	if n > 0 {
-		if !o.log.append(o.kind, buf[:], n) {
-			readBuffers.Put(buf)
-		}
+	if n <= 0 || !o.log.append(o.kind, buf[:], n) {
+		readBuffers.Put(buf)
+	}
+	switch {
+	case n > 0:
+		o.logged.Add(int64(n))
 		if !o.grown && n >= 64<<10 {
 			unix.FcntlInt(uintptr(o.watch.fd), unix.F_SETPIPE_SZ, bigPipe)
 			o.grown = true
 		}
-		o.logged.Add(int64(n))
-		return true
-	}
-	readBuffers.Put(buf)
-	if err != unix.EAGAIN { // end of file; a terminal that nobody has open any more says EIO
+	case err != unix.EAGAIN: // end of file; a terminal that nobody has open any more says EIO
 		o.eof = true
 		o.poller.remove(&o.watch)
 		o.atEnd()
 	}
-	return false
+	return n > 0
 }
 
-// hold and resume are called by the log, under its lock.
+// hold and resume are called by the log, under its lock, too.
 func (o *outputPipe) hold() {
-	o.held.Store(true)
-	o.poller.pause(&o.watch)
+	if !o.paused.Swap(true) {
+		o.poller.pause(&o.watch)
+	}
 }
 
 func (o *outputPipe) resume() {
-	o.held.Store(false)
-	o.poller.resume(&o.watch)
+	if o.paused.Swap(false) {
+		o.poller.resume(&o.watch)
+	}
 }
 
 // inputPipe is where a process gets its input. Writes keep their order and never mix.
@@ -111,8 +141,9 @@ type inputPipe struct {
 	turn chan struct{} // holds a value while nobody writes
 
 	mu     sync.Mutex // protects what follows
-	fd     int        // -1 once it is a file or closed
-	file   *os.File   // from the first write on: many processes never get input
+	fd     int
+	file   *os.File // fd's owner from the first write on: many processes never get input
+	grown  bool     // the pipe is a big one
 	closed bool
 }
 
@@ -131,7 +162,8 @@ func (in *inputPipe) take(ctx context.Context) error {
 	}
 }
 
-func (in *inputPipe) open() (*os.File, error) {
+// open gives the file for a write of n bytes.
+func (in *inputPipe) open(n int) (*os.File, error) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if in.closed {
@@ -139,7 +171,11 @@ func (in *inputPipe) open() (*os.File, error) {
 	}
 	if in.file == nil {
 		unix.SetNonblock(in.fd, true) // asks os.NewFile for the runtime's poller
-		in.file, in.fd = os.NewFile(uintptr(in.fd), "input"), -1
+		in.file = os.NewFile(uintptr(in.fd), "input")
+	}
+	if n >= 32<<10 && !in.grown {
+		unix.FcntlInt(uintptr(in.fd), unix.F_SETPIPE_SZ, bigPipe)
+		in.grown = true
 	}
 	return in.file, nil
 }
@@ -150,7 +186,7 @@ func (in *inputPipe) write(ctx context.Context, data []byte) error {
 		return err
 	}
 	defer func() { in.turn <- struct{}{} }()
-	file, err := in.open()
+	file, err := in.open(len(data))
 	if err != nil || len(data) == 0 {
 		return err
 	}

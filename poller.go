@@ -56,21 +56,27 @@ func (p *poller) add(w *watch) error {
 func (p *poller) pause(w *watch) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.controlLocked(unix.EPOLL_CTL_DEL, w)
+	if p.handlers[w.key] == w {
+		p.controlLocked(unix.EPOLL_CTL_DEL, w)
+	}
 }
 
 func (p *poller) resume(w *watch) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.controlLocked(unix.EPOLL_CTL_ADD, w)
+	if p.handlers[w.key] == w { // else its descriptor is closed, and may be another file by now
+		p.controlLocked(unix.EPOLL_CTL_ADD, w)
+	}
 }
 
-// remove forgets a descriptor and closes it, which takes it out of the epoll set.
+// remove forgets a descriptor and closes it, once, which takes it out of the epoll set.
 func (p *poller) remove(w *watch) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	delete(p.handlers, w.key)
-	unix.Close(w.fd)
+	if p.handlers[w.key] == w {
+		delete(p.handlers, w.key)
+		unix.Close(w.fd)
+	}
 }
 
 func (p *poller) controlLocked(op int, w *watch) error {

@@ -38,19 +38,17 @@ type processOptions struct {
 	maxProcesses            int
 	stallAlone, stallShared time.Duration
 	keepAlive               time.Duration
-	environment             func() map[string]string
-	defaults                func() (user, workdir string)
-	path                    string // PATH of children before the request's own
-	stopping                <-chan struct{}
+	path                    string // PATH of children, unless a variable says otherwise
 }
 
 type processService struct {
 	processOptions
-	users   *userDB
-	spawner *spawner
-	cgroups *cgroups
-	poller  *poller
-	memory  *outputMemory
+	users    *userDB
+	settings *settings
+	spawner  *spawner
+	poller   *poller
+	memory   *outputMemory
+	stopping <-chan struct{}
 
 	mu      sync.Mutex // protects the tables and the count
 	running map[uint32]*process
@@ -71,14 +69,9 @@ type process struct {
 	signaled atomic.Bool // by a client or its timeout: then nobody waits for background children
 	timedOut atomic.Bool
 	timeout  *time.Timer
-	end      *pb.ProcessEvent_EndEvent // set before the log is finished
 	open     atomic.Int32              // outputs that have not been read to their end
 	eof      chan struct{}             // closed when there are none
-}
-
-func newProcessService(o processOptions, users *userDB, sp *spawner, cg *cgroups, pl *poller, m *outputMemory) *processService {
-	return &processService{processOptions: o, users: users, spawner: sp, cgroups: cg, poller: pl, memory: m,
-		running: map[uint32]*process{}}
+	end      *pb.ProcessEvent_EndEvent // set before the log is finished
 }
 
 // tick is called about once a second.
@@ -89,7 +82,7 @@ func (s *processService) tick(now time.Time) {
 	s.dropEndedLocked(func(p *process) bool { return now.Sub(p.child.end) > s.retainTime })
 }
 
-func (s *processService) List(ctx context.Context, _ *connect.Request[pb.ListRequest]) (*connect.Response[pb.ListResponse], error) {
+func (s *processService) List(context.Context, *connect.Request[pb.ListRequest]) (*connect.Response[pb.ListResponse], error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	res := &pb.ListResponse{}
@@ -104,11 +97,9 @@ func (s *processService) Start(ctx context.Context, req *connect.Request[pb.Star
 	if err != nil {
 		return err
 	}
-	defer sub.detach()
-	stream.ResponseHeader().Set("Envd-Output-Offset", "0")
-	stream.ResponseHeader().Set("Envd-Output-Lost", "0")
+	f := follower{ctx: ctx, p: p, sub: sub, request: req.Header(), starter: true, keepAlive: s.keepAlive, stopping: s.stopping}
 	res := &pb.StartResponse{}
-	return s.follow(ctx, p, sub, req.Header(), true, func(event *pb.ProcessEvent) error {
+	return f.run(stream.ResponseHeader(), 0, func(event *pb.ProcessEvent) error {
 		res.Event = event
 		return stream.Send(res)
 	})
@@ -125,13 +116,11 @@ func (s *processService) Connect(ctx context.Context, req *connect.Request[pb.Co
 	}
 	sub, lost, ok := p.log.subscribe(from, requestOf(ctx).breakStream)
 	if !ok {
-		return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("Envd-Output-From: offset %d is past the end of the output", from))
+		return wireError(connect.CodeInvalidArgument, "Envd-Output-From: offset %d is past the end of the output", from)
 	}
-	defer sub.detach()
-	stream.ResponseHeader().Set("Envd-Output-Offset", strconv.FormatInt(sub.pos, 10))
-	stream.ResponseHeader().Set("Envd-Output-Lost", strconv.FormatInt(lost, 10))
+	f := follower{ctx: ctx, p: p, sub: sub, request: req.Header(), keepAlive: s.keepAlive, stopping: s.stopping}
 	res := &pb.ConnectResponse{}
-	return s.follow(ctx, p, sub, req.Header(), false, func(event *pb.ProcessEvent) error {
+	return f.run(stream.ResponseHeader(), lost, func(event *pb.ProcessEvent) error {
 		res.Event = event
 		return stream.Send(res)
 	})
@@ -149,71 +138,83 @@ func outputFrom(value string) (int64, error) {
 	}
 	offset, err := strconv.ParseUint(value, 10, 63)
 	if err != nil {
-		return 0, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("Envd-Output-From: %q is none of an offset, all, new", value))
+		return 0, wireError(connect.CodeInvalidArgument, "Envd-Output-From: %q is none of an offset, all, new", value)
 	}
 	return int64(offset), nil
 }
 
-// follow sends a process to one client: start, output, end. It is the only goroutine that writes to the stream.
-func (s *processService) follow(ctx context.Context, p *process, sub *subscriber, header http.Header, starter bool, send func(*pb.ProcessEvent) error) error {
-	start := &pb.ProcessEvent{Event: &pb.ProcessEvent_Start{Start: &pb.ProcessEvent_StartEvent{Pid: p.pid}}}
-	if err := send(start); err != nil {
+// follower sends a process to one client: start, output, end. Its goroutine is the only one that writes to the stream.
+type follower struct {
+	ctx       context.Context
+	p         *process
+	sub       *subscriber
+	request   http.Header
+	starter   bool // this stream's deadline is the process's
+	keepAlive time.Duration
+	stopping  <-chan struct{}
+}
+
+func (f *follower) run(response http.Header, lost int64, send func(*pb.ProcessEvent) error) error {
+	defer f.sub.detach()
+	response.Set("Envd-Output-Offset", strconv.FormatInt(f.sub.pos, 10))
+	response.Set("Envd-Output-Lost", strconv.FormatInt(lost, 10))
+	start := &pb.ProcessEvent_StartEvent{Pid: f.p.pid}
+	if err := send(&pb.ProcessEvent{Event: &pb.ProcessEvent_Start{Start: start}}); err != nil {
 		return err
 	}
-	interval := keepAliveInterval(header, s.keepAlive)
+	interval := keepAliveInterval(f.request, f.keepAlive)
 	keepAlive := time.NewTimer(interval)
 	defer keepAlive.Stop()
-	ctxDone := ctx.Done()
-	var lastWords <-chan time.Time // runs from the deadline of the starter's stream until it must end
+	ctxDone := f.ctx.Done()
+	var lastWords <-chan time.Time // runs from the starter's deadline until its stream must end
 	for {
-		if kind, data, done, cut := sub.next(); cut {
-			return connect.NewError(connect.CodeAborted, errors.New("the client has not taken output for too long; resume by offset"))
-		} else if done {
-			if starter && p.timedOut.Load() {
-				return context.DeadlineExceeded
-			}
-			return send(&pb.ProcessEvent{Event: &pb.ProcessEvent_End{End: p.endFor(header)}})
-		} else if data != nil {
-			if !starter && ctx.Err() != nil {
-				return ctx.Err()
-			}
+		kind, data, done, cut := f.sub.next()
+		switch {
+		case cut:
+			return wireError(connect.CodeAborted, "the client has not taken output for too long; resume by offset")
+		case done && f.starter && f.p.timedOut.Load():
+			return context.DeadlineExceeded
+		case done:
+			requestOf(f.ctx).keepFlush()
+			return send(&pb.ProcessEvent{Event: &pb.ProcessEvent_End{End: f.p.endFor(f.request)}})
+		case data != nil && !f.starter && f.ctx.Err() != nil:
+			return f.ctx.Err()
+		case data != nil:
 			if err := send(dataEvent(kind, data)); err != nil {
 				return err
 			}
-			sub.sent(len(data))
+			f.sub.sent(len(data))
 			keepAlive.Reset(interval)
 			continue
 		}
 		select {
-		case <-sub.notify:
+		case <-f.sub.notify:
 		case <-keepAlive.C:
 			if err := send(&pb.ProcessEvent{Event: &pb.ProcessEvent_Keepalive{Keepalive: &pb.ProcessEvent_KeepAlive{}}}); err != nil {
 				return err
 			}
 			keepAlive.Reset(interval)
 		case <-ctxDone:
-			if !starter || !errors.Is(ctx.Err(), context.DeadlineExceeded) {
-				return ctx.Err()
+			if !f.starter || !errors.Is(f.ctx.Err(), context.DeadlineExceeded) {
+				return f.ctx.Err()
 			}
 			// The process is being killed. What it wrote before goes out first.
 			ctxDone, lastWords = nil, time.After(time.Second)
 		case <-lastWords:
 			return context.DeadlineExceeded
-		case <-s.stopping:
-			return connect.NewError(connect.CodeUnavailable, errors.New("envd is stopping"))
+		case <-f.stopping:
+			return wireError(connect.CodeUnavailable, "envd is stopping")
 		}
 	}
 }
 
 func dataEvent(kind outputKind, data []byte) *pb.ProcessEvent {
-	event := &pb.ProcessEvent_DataEvent{}
+	event := &pb.ProcessEvent_DataEvent{Output: &pb.ProcessEvent_DataEvent_Pty{Pty: data}}
 	switch kind {
 	case stdoutKind:
 		event.Output = &pb.ProcessEvent_DataEvent_Stdout{Stdout: data}
 	case stderrKind:
 		event.Output = &pb.ProcessEvent_DataEvent_Stderr{Stderr: data}
-	case ptyKind:
-		event.Output = &pb.ProcessEvent_DataEvent_Pty{Pty: data}
 	}
 	return &pb.ProcessEvent{Event: &pb.ProcessEvent_Data{Data: event}}
 }
@@ -226,75 +227,78 @@ func (p *process) endFor(header http.Header) *pb.ProcessEvent_EndEvent {
 	return &pb.ProcessEvent_EndEvent{ExitCode: p.end.ExitCode, Exited: p.end.Exited, Status: p.end.Status, Error: p.end.Error}
 }
 
-// start validates a request, starts its process and subscribes to all of its output.
-func (s *processService) start(ctx context.Context, req *pb.StartRequest) (*process, *subscriber, error) {
+// plan says what a request means: what to start, as whom and where.
+func (s *processService) plan(ctx context.Context, req *pb.StartRequest) (*spawnSpec, error) {
 	config := req.GetProcess()
 	if config == nil {
-		return nil, nil, connect.NewError(connect.CodeInvalidArgument, errors.New("process config required"))
+		return nil, wireError(connect.CodeInvalidArgument, "process config required")
 	}
-	defaultUser, defaultWorkdir := s.defaults()
+	defaultUser, defaultWorkdir := s.settings.defaults()
 	user, err := actingUser(ctx, s.users, defaultUser)
 	if err != nil {
-		return nil, nil, connect.NewError(connect.CodeUnauthenticated, err)
+		return nil, wireError(connect.CodeUnauthenticated, "%w", err)
 	}
 	if euid := os.Geteuid(); euid != 0 && uint32(euid) != user.uid {
-		return nil, nil, connect.NewError(connect.CodePermissionDenied,
-			fmt.Errorf("cannot act as user '%s': envd runs as uid %d and can start processes only for it", user.name, euid))
-	}
-	if err := ctx.Err(); err != nil {
-		return nil, nil, err
+		return nil, wireError(connect.CodePermissionDenied,
+			"cannot act as user '%s': envd runs as uid %d and can start processes only for it", user.name, euid)
 	}
 	dir, err := resolvePath(config.GetCwd(), user.home, defaultWorkdir)
 	if err != nil {
-		return nil, nil, connect.NewError(connect.CodeInvalidArgument,
-			fmt.Errorf("failed to expand path '%s' for user '%s': %w", config.GetCwd(), user.name, err))
+		return nil, wireError(connect.CodeInvalidArgument, "failed to expand path '%s' for user '%s': %w", config.GetCwd(), user.name, err)
 	}
+	// What every process has, then the global variables, then the request's own; later ones win.
+	env := map[string]string{"PATH": s.path, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "PWD": dir}
+	maps.Copy(env, s.settings.environment())
+	maps.Copy(env, config.GetEnvs())
 	spec := &spawnSpec{argv: append([]string{config.GetCmd()}, config.GetArgs()...), dir: dir, user: user,
-		env: s.childEnvironment(user, dir, config.GetEnvs()), fds: [3]int{-1, -1, -1}}
+		fds: [3]int{-1, -1, -1}, terminal: req.Pty != nil}
+	for name, value := range env {
+		spec.env = append(spec.env, name+"="+value)
+	}
 	for _, text := range slices.Concat(spec.argv, spec.env, []string{dir}) {
 		if strings.IndexByte(text, 0) >= 0 {
-			return nil, nil, startError(req, dir, errors.New("a NUL byte in the command, its arguments, variables or directory"))
+			return nil, startError(req, dir, errors.New("a NUL byte in the command, its arguments, variables or directory"))
 		}
 	}
-	s.mu.Lock()
-	if s.count >= s.maxProcesses {
-		s.mu.Unlock()
-		return nil, nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("%d processes are running already", s.maxProcesses))
-	}
-	s.count++
-	s.mu.Unlock()
-	started := false
-	defer func() {
-		if !started {
-			s.mu.Lock()
-			s.count--
-			s.mu.Unlock()
-		}
-	}()
+	return spec, ctx.Err()
+}
 
-	p := &process{config: config, tag: req.Tag, pty: -1, log: s.memory.newLog(), started: time.Now(), eof: make(chan struct{})}
-	if err := p.openFiles(req, spec, s.poller); err != nil {
-		s.abandon(p, spec)
-		return nil, nil, startError(req, dir, err)
+// start starts a request's process and subscribes to all of its output.
+func (s *processService) start(ctx context.Context, req *pb.StartRequest) (_ *process, _ *subscriber, err error) {
+	spec, err := s.plan(ctx, req)
+	if err != nil {
+		return nil, nil, err
 	}
-	group := "user"
-	if req.Pty != nil {
-		group = "ptys"
-	}
-	spec.leaf = s.cgroups.acquire(group)
+	p := &process{config: req.Process, tag: req.Tag, pty: -1, log: s.memory.newLog(), started: time.Now(), eof: make(chan struct{})}
 	// Subscribed before anything runs: no byte is older than the stream.
 	sub, _, _ := p.log.subscribe(0, requestOf(ctx).breakStream)
-	p.child, err = s.spawner.start(ctx, spec)
-	if err != nil {
-		sub.detach()
-		spec.fds = [3]int{-1, -1, -1} // closed by the spawner
-		s.abandon(p, spec)
-		s.cgroups.release(spec.leaf)
-		return nil, nil, startError(req, dir, err)
+	if !s.admit(1) {
+		err = errTooManyProcesses
+	} else if err = p.openFiles(req, spec, s.poller); err != nil {
+		spec.closeFds()
+	} else {
+		p.child, err = s.spawner.start(ctx, spec)
 	}
-	started = true
+	if err != nil {
+		s.admit(-1)
+		sub.detach()
+		for _, out := range p.outputs {
+			out.close()
+		}
+		if p.input != nil {
+			p.input.close()
+		}
+		p.log.finish()
+		p.log.forget()
+		return nil, nil, startError(req, spec.dir, err)
+	}
 	p.pid = uint32(p.child.pid())
-	s.register(p)
+	s.mu.Lock()
+	s.dropEndedLocked(func(o *process) bool {
+		return o.pid == p.pid || p.tag != nil && o.tag != nil && *o.tag == *p.tag
+	})
+	s.running[p.pid] = p
+	s.mu.Unlock()
 	if deadline, ok := ctx.Deadline(); ok {
 		p.timeout = time.AfterFunc(time.Until(deadline), func() {
 			p.timedOut.Store(true)
@@ -302,9 +306,19 @@ func (s *processService) start(ctx context.Context, req *pb.StartRequest) (*proc
 		})
 	}
 	s.spawner.awaitExit(p.child, func() { s.exited(p) })
-	slog.Debug("process started", "logger", "process", "event_type", "process_start", "pid", p.pid, "username", user.name)
+	slog.Debug("process started", "logger", "process", "event_type", "process_start", "pid", p.pid, "username", spec.user.name)
 	return p, sub, nil
 }
+
+// admit counts running processes, those that are being started among them.
+func (s *processService) admit(n int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.count += n
+	return s.count <= s.maxProcesses
+}
+
+var errTooManyProcesses = errors.New("too many processes are running (--max-processes)")
 
 // startError is the wire error for a process that could not be started.
 func startError(req *pb.StartRequest, dir string, err error) error {
@@ -335,21 +349,8 @@ func startError(req *pb.StartRequest, dir string, err error) error {
 
 // isExhausted tells a lack of descriptors, memory or processes from other errors.
 func isExhausted(err error) bool {
-	return errors.Is(err, errTooManyLaunches) || errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) ||
+	return errors.Is(err, errTooManyProcesses) || errors.Is(err, errTooManyLaunches) || errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) ||
 		errors.Is(err, syscall.ENOMEM) || errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.ENOSPC)
-}
-
-// childEnvironment: what each process has, then the global variables, then the request's own; later ones win.
-func (s *processService) childEnvironment(user account, dir string, requested map[string]string) []string {
-	env := map[string]string{"PATH": s.path, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "PWD": dir}
-	maps.Copy(env, s.environment())
-	maps.Copy(env, requested)
-	list := make([]string, 0, len(env))
-	for name, value := range env {
-		list = append(list, name+"="+value)
-	}
-	slices.Sort(list)
-	return list
 }
 
 // openFiles makes the process's side of stdin, stdout and stderr, or its terminal, and the daemon's side of them.
@@ -367,7 +368,7 @@ func (p *process) openFiles(req *pb.StartRequest, spec *spawnSpec, poller *polle
 		if err != nil {
 			return err
 		}
-		spec.terminal, spec.fds[0], p.pty = true, slave, master
+		spec.fds[0], p.pty = slave, master
 		if err := output(ptyKind, master); err != nil {
 			return err
 		}
@@ -385,7 +386,7 @@ func (p *process) openFiles(req *pb.StartRequest, spec *spawnSpec, poller *polle
 		return nil
 	}
 	if req.Stdin == nil || req.GetStdin() {
-		read, write, err := pipe()
+		read, write, err := pipe(spec.user)
 		if err != nil {
 			return err
 		}
@@ -394,7 +395,7 @@ func (p *process) openFiles(req *pb.StartRequest, spec *spawnSpec, poller *polle
 		return &os.PathError{Op: "open", Path: "/dev/null", Err: err}
 	}
 	for i, kind := range []outputKind{stdoutKind, stderrKind} {
-		read, write, err := pipe()
+		read, write, err := pipe(spec.user)
 		if err != nil {
 			return err
 		}
@@ -410,32 +411,6 @@ func (p *process) outputAtEnd() {
 	if p.open.Add(-1) == 0 {
 		close(p.eof)
 	}
-}
-
-// abandon undoes what was prepared for a process that did not come to be.
-func (s *processService) abandon(p *process, spec *spawnSpec) {
-	for _, fd := range spec.fds {
-		if fd >= 0 {
-			unix.Close(fd)
-		}
-	}
-	for _, out := range p.outputs {
-		s.poller.remove(&out.watch)
-	}
-	if p.input != nil {
-		p.input.close()
-	}
-	p.log.finish()
-	p.log.forget()
-}
-
-func (s *processService) register(p *process) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.dropEndedLocked(func(o *process) bool {
-		return o.pid == p.pid || p.tag != nil && o.tag != nil && *o.tag == *p.tag
-	})
-	s.running[p.pid] = p
 }
 
 // dropEndedLocked forgets ended processes; streams that still follow one are served to their end.
@@ -484,7 +459,7 @@ func (s *processService) finish(p *process) {
 	p.end.StartTime, p.end.EndTime = timestamppb.New(p.started), timestamppb.New(p.child.end)
 	p.end.OutputOpen = p.open.Load() > 0
 	p.log.finish()
-	s.cgroups.release(p.child.leaf)
+	s.spawner.cgroups.release(p.child.leaf)
 	slog.Debug("process ended", "logger", "process", "event_type", "process_end", "pid", p.pid, "status", p.end.Status)
 }
 
@@ -540,9 +515,7 @@ func endEvent(c *child) *pb.ProcessEvent_EndEvent {
 		end.Error = proto.String(end.Status)
 	}
 	end.CpuUserUs, end.CpuSystemUs = uint64(c.usage.Utime.Nano()/1000), uint64(c.usage.Stime.Nano()/1000)
-	if c.leaf != nil {
-		end.OomKilled, end.MaxRssBytes = c.leaf.oomKilled(), c.leaf.peakMemory()
-	}
+	end.OomKilled, end.MaxRssBytes = c.leaf.memory()
 	var own syscall.Rusage
 	if end.MaxRssBytes == 0 && syscall.Getrusage(syscall.RUSAGE_SELF, &own) == nil && c.usage.Maxrss > own.Maxrss {
 		// A vforked child starts with the daemon's own peak: below it the figure says nothing. Unit: KiB, getrusage(2).
@@ -565,7 +538,7 @@ func (s *processService) find(selector *pb.ProcessSelector, alsoEnded bool) (*pr
 		matches = func(p *process) bool { return p.tag != nil && *p.tag == sel.Tag }
 		name = "tag " + sel.Tag
 	default:
-		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("invalid input type *process.ProcessSelector"))
+		return nil, wireError(connect.CodeInvalidArgument, "invalid input type *process.ProcessSelector")
 	}
 	var found *process
 	for _, p := range s.running {
@@ -581,7 +554,7 @@ func (s *processService) find(selector *pb.ProcessSelector, alsoEnded bool) (*pr
 		}
 	}
 	if found == nil {
-		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("process with %s not found", name))
+		return nil, wireError(connect.CodeNotFound, "process with %s not found", name)
 	}
 	return found, nil
 }
@@ -593,10 +566,10 @@ func (s *processService) Update(ctx context.Context, req *connect.Request[pb.Upd
 	}
 	if size := req.Msg.GetPty().GetSize(); size != nil {
 		if p.pty < 0 {
-			return nil, connect.NewError(connect.CodeInternal, errors.New("error resizing tty: tty not assigned to process"))
+			return nil, wireError(connect.CodeInternal, "error resizing tty: tty not assigned to process")
 		}
 		if err := resizePTY(p.pty, size.GetCols(), size.GetRows()); err != nil {
-			return nil, connect.NewError(connect.CodeInternal, fmt.Errorf("error resizing tty: %w", err))
+			return nil, wireError(connect.CodeInternal, "error resizing tty: %w", err)
 		}
 	}
 	return connect.NewResponse(&pb.UpdateResponse{}), nil
@@ -622,12 +595,12 @@ func (s *processService) StreamInput(ctx context.Context, stream *connect.Client
 			p, err = s.find(event.Start.GetProcess(), false)
 		case *pb.StreamInputRequest_Data:
 			if p == nil {
-				return nil, connect.NewError(connect.CodeFailedPrecondition, errors.New("no start event received"))
+				return nil, wireError(connect.CodeFailedPrecondition, "no start event received")
 			}
 			err = p.write(ctx, event.Data.GetInput())
 		case *pb.StreamInputRequest_Keepalive:
 		default:
-			err = connect.NewError(connect.CodeInvalidArgument, errors.New("invalid event type <nil>"))
+			err = wireError(connect.CodeInvalidArgument, "invalid event type <nil>")
 		}
 		if err != nil {
 			return nil, err
@@ -645,7 +618,7 @@ func (p *process) write(ctx context.Context, input *pb.ProcessInput) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		return connect.NewError(connect.CodeInternal, fmt.Errorf("error writing to "+to+": "+format, args...))
+		return wireError(connect.CodeInternal, "error writing to "+to+": "+format, args...)
 	}
 	switch in := input.GetInput().(type) {
 	case *pb.ProcessInput_Stdin:
@@ -668,7 +641,7 @@ func (p *process) write(ctx context.Context, input *pb.ProcessInput) error {
 			return fail("tty", "error writing to tty of process '%d': %w", p.pid, err)
 		}
 	default:
-		return connect.NewError(connect.CodeInvalidArgument, errors.New("invalid input type <nil>"))
+		return wireError(connect.CodeInvalidArgument, "invalid input type <nil>")
 	}
 	return nil
 }
@@ -698,7 +671,7 @@ func (s *processService) SendSignal(ctx context.Context, req *connect.Request[pb
 	switch req.Msg.GetSignal() {
 	case pb.Signal_SIGNAL_SIGKILL, pb.Signal_SIGNAL_SIGTERM:
 	default:
-		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("invalid signal: %s", req.Msg.GetSignal()))
+		return nil, wireError(connect.CodeInvalidArgument, "invalid signal: %s", req.Msg.GetSignal())
 	}
 	if err := s.signal(p, syscall.Signal(req.Msg.GetSignal())); err != nil {
 		select {
@@ -707,7 +680,7 @@ func (s *processService) SendSignal(ctx context.Context, req *connect.Request[pb
 			return nil, err
 		default:
 		}
-		return nil, connect.NewError(connect.CodeInternal, fmt.Errorf("error sending signal: %w", err))
+		return nil, wireError(connect.CodeInternal, "error sending signal: %w", err)
 	}
 	return connect.NewResponse(&pb.SendSignalResponse{}), nil
 }
@@ -719,16 +692,14 @@ func (s *processService) signal(p *process, sig syscall.Signal) error {
 
 // runAtStart runs the operator's --cmd. It has no client; a failure is logged.
 func (s *processService) runAtStart(command string) {
-	shell := []string{"/bin/bash", "-l", "-c"}
-	if _, err := os.Stat(shell[0]); err != nil {
-		shell = []string{"/bin/sh", "-c"}
+	config := &pb.ProcessConfig{Cmd: "/bin/bash", Args: []string{"-l", "-c", command}}
+	if _, err := os.Stat(config.Cmd); err != nil {
+		config.Cmd, config.Args = "/bin/sh", config.Args[1:]
 	}
-	config := &pb.ProcessConfig{Cmd: shell[0], Args: append(shell[1:], command)}
-	defaultUser, workdir := s.defaults()
-	if user, err := s.users.lookup(defaultUser); workdir == "" && err == nil {
-		if info, err := os.Stat(filepath.Join("/", user.home)); err != nil || !info.IsDir() {
-			config.Cwd = proto.String("/")
-		}
+	name, workdir := s.settings.defaults()
+	user, _ := s.users.lookup(name)
+	if _, err := os.Stat(filepath.Join("/", user.home)); workdir == "" && err != nil {
+		config.Cwd = proto.String("/")
 	}
 	_, sub, err := s.start(context.Background(), &pb.StartRequest{Process: config, Tag: proto.String("startCmd"), Stdin: proto.Bool(false)})
 	if err != nil {
@@ -736,4 +707,9 @@ func (s *processService) runAtStart(command string) {
 		return
 	}
 	sub.detach()
+}
+
+// wireError is an error as an RPC client sees it.
+func wireError(code connect.Code, format string, args ...any) error {
+	return connect.NewError(code, fmt.Errorf(format, args...))
 }

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -17,6 +18,8 @@ type request struct {
 	// breakStream makes the write that hangs on this request's connection fail, and every later one. Nothing else frees a
 	// handler whose client has stopped reading.
 	breakStream func()
+	// keepFlush lets what is written from now on wait for the end of the response: one packet and one wake-up of the client less.
+	keepFlush func()
 }
 
 type requestKey struct{}
@@ -29,7 +32,7 @@ func requestOf(ctx context.Context) *request {
 	if r, ok := ctx.Value(requestKey{}).(*request); ok {
 		return r
 	}
-	return &request{breakStream: func() {}}
+	return &request{breakStream: func() {}, keepFlush: func() {}}
 }
 
 // actingUser is the account that a request acts as: the one it names, else the default one.
@@ -58,4 +61,21 @@ func keepAliveInterval(header http.Header, standard time.Duration) time.Duration
 		return standard
 	}
 	return time.Duration(min(seconds, 86400)) * time.Second
+}
+
+func writeJSON(w http.ResponseWriter, value any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	json.NewEncoder(w).Encode(value)
+}
+
+// jsonError is the envelope of every error of a plain HTTP endpoint.
+func jsonError(w http.ResponseWriter, status int, message string) {
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(status)
+	json.NewEncoder(w).Encode(struct {
+		Code    int    `json:"code"`
+		Message string `json:"message"`
+	}{status, message})
 }

@@ -8,14 +8,15 @@ package main
 import (
 	"container/list"
 	"context"
-	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -29,6 +30,7 @@ type serverOptions struct {
 	headerTimeout  time.Duration
 	idleTimeout    time.Duration
 	maxWaiting     int
+	maxRequests    int
 }
 
 type route struct {
@@ -46,12 +48,13 @@ type server struct {
 	services map[string]http.Handler
 	rpcError *connect.ErrorWriter
 	waiting  waitingConns
+	requests atomic.Int64
 }
 
 func newServer(o serverOptions, token *accessToken, settings *settings, users *userDB) *server {
 	s := &server{serverOptions: o, token: token, settings: settings, users: users, routes: map[string][]route{},
 		services: map[string]http.Handler{}, rpcError: connect.NewErrorWriter()}
-	s.waiting.max = o.maxWaiting
+	s.waiting = waitingConns{max: o.maxWaiting, conns: map[net.Conn]*list.Element{}}
 	s.handle(route{"GET", "/health", true, s.health})
 	s.handle(route{"GET", "/envs", false, s.envs})
 	return s
@@ -78,6 +81,11 @@ func (s *server) httpServer() *http.Server {
 
 type connKey struct{}
 
+func connOf(r *http.Request) net.Conn {
+	conn, _ := r.Context().Value(connKey{}).(net.Conn)
+	return conn
+}
+
 // streamSendBuffer bounds, in bytes, what the kernel holds of a stream: what is lost in it when a connection breaks must still
 // be in the output log. The kernel doubles the figure for its own overhead (socket(7), SO_SNDBUF).
 const streamSendBuffer = 64 << 10
@@ -85,6 +93,15 @@ const streamSendBuffer = 64 << 10
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if s.cors(w, r) {
 		return
+	}
+	defer s.requests.Add(-1)
+	if s.requests.Add(1) > int64(s.maxRequests) && r.URL.Path != "/health" {
+		jsonError(w, http.StatusServiceUnavailable, "too many requests are being served (--max-requests)")
+		return
+	}
+	if conn := connOf(r); r.ProtoMajor == 1 && r.ContentLength != 0 {
+		s.waiting.set(conn, true)
+		r.Body = &countedBody{r.Body, func() { s.waiting.set(conn, false) }}
 	}
 	if reason := s.refusal(r); reason != "" {
 		jsonError(w, http.StatusForbidden, reason)
@@ -98,7 +115,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			"unauthorized access, please provide a valid access token or method signing if supported")
 		return
 	}
-	req := &request{breakStream: func() { http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0)) }}
+	flusher := &heldWriter{ResponseWriter: w}
+	req := &request{breakStream: func() { http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0)) },
+		keepFlush: func() { flusher.held = true }}
 	if req.user, _, req.hasUser = r.BasicAuth(); req.hasUser {
 		if _, err := s.users.lookup(req.user); err != nil {
 			s.rpcError.Write(w, r, connect.NewError(connect.CodeUnauthenticated, fmt.Errorf("invalid username: '%s'", req.user)))
@@ -115,7 +134,21 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		w.WriteHeader(http.StatusMethodNotAllowed)
 	default:
-		s.serveRPC(w, r)
+		s.serveRPC(flusher, r)
+	}
+}
+
+// heldWriter can leave out the flush that connect makes after each message.
+type heldWriter struct {
+	http.ResponseWriter
+	held bool
+}
+
+func (w *heldWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w *heldWriter) Flush() {
+	if !w.held {
+		http.NewResponseController(w.ResponseWriter).Flush()
 	}
 }
 
@@ -126,7 +159,7 @@ func (s *server) serveRPC(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
-	if conn, ok := r.Context().Value(connKey{}).(*net.TCPConn); ok {
+	if conn, ok := connOf(r).(*net.TCPConn); ok {
 		conn.SetWriteBuffer(streamSendBuffer)
 	}
 	service.ServeHTTP(w, r)
@@ -218,25 +251,8 @@ func (s *server) envs(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, s.settings.environment())
 }
 
-func writeJSON(w http.ResponseWriter, value any) {
-	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Cache-Control", "no-store")
-	json.NewEncoder(w).Encode(value)
-}
-
-// jsonError is the envelope of every error of a plain HTTP endpoint.
-func jsonError(w http.ResponseWriter, status int, message string) {
-	w.Header().Set("Content-Type", "application/json; charset=utf-8")
-	w.Header().Set("X-Content-Type-Options", "nosniff")
-	w.WriteHeader(status)
-	json.NewEncoder(w).Encode(struct {
-		Code    int    `json:"code"`
-		Message string `json:"message"`
-	}{status, message})
-}
-
-// waitingConns bounds the connections that no request is being served on, half-open ones above all: each costs some
-// 10 KiB. Beyond the bound the one that has waited longest is closed.
+// waitingConns bounds the HTTP/1 connections that wait for their client: for a request, half-open ones among them, or for the
+// rest of its body. Each costs some 20 KiB. Beyond the bound the one that has waited longest is closed.
 type waitingConns struct {
 	max int
 
@@ -246,23 +262,49 @@ type waitingConns struct {
 }
 
 func (wc *waitingConns) changed(c net.Conn, state http.ConnState) {
-	var evicted net.Conn
+	wc.set(c, state == http.StateNew || state == http.StateIdle)
+}
+
+func (wc *waitingConns) set(c net.Conn, waits bool) {
 	wc.mu.Lock()
-	if wc.conns == nil {
-		wc.conns = map[net.Conn]*list.Element{}
+	defer wc.mu.Unlock()
+	wc.removeLocked(c)
+	if waits {
+		wc.conns[c] = wc.order.PushBack(c)
 	}
+	if wc.order.Len() > wc.max {
+		oldest := wc.order.Front().Value.(net.Conn)
+		wc.removeLocked(oldest)
+		oldest.Close()
+	}
+}
+
+func (wc *waitingConns) removeLocked(c net.Conn) {
 	if e := wc.conns[c]; e != nil {
 		wc.order.Remove(e)
 		delete(wc.conns, c)
 	}
-	if state == http.StateNew || state == http.StateIdle {
-		wc.conns[c] = wc.order.PushBack(c)
-		if wc.order.Len() > wc.max {
-			evicted = wc.order.Front().Value.(net.Conn)
-		}
+}
+
+// closeAll is for the end, which waits for requests but not for their clients.
+func (wc *waitingConns) closeAll() {
+	wc.mu.Lock()
+	defer wc.mu.Unlock()
+	for c := range wc.conns {
+		c.Close()
 	}
-	wc.mu.Unlock()
-	if evicted != nil {
-		evicted.Close()
+}
+
+// countedBody is a request's body; while it is not complete the connection counts as waiting.
+type countedBody struct {
+	io.ReadCloser
+	complete func()
+}
+
+func (b *countedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err != nil {
+		b.complete()
 	}
+	return n, err
 }

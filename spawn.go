@@ -12,7 +12,7 @@
 // changing credentials makes the memory undumpable (ptrace(2), "ptrace access mode checking"; fs.suid_dumpable must be 0
 // or 2, as it is by default).
 //
-// Kernel: 4.14 for all but cgroup leaves (clone3 with CLONE_INTO_CGROUP, 5.7; cgroup.kill, 5.14).
+// Kernel: 4.14; pidfd_open since 5.3, cgroup leaves as cgroup.go says.
 
 package main
 
@@ -97,7 +97,6 @@ var (
 	nofile       = [2]uint64{childNofile, childNofile}
 	oomScore     = []byte("100")
 	oomScorePath = []byte("/proc/self/oom_score_adj\x00")
-	ownCgroup    = []byte("0")
 )
 
 // spawnSpec says what to start.
@@ -107,7 +106,15 @@ type spawnSpec struct {
 	user      account
 	fds       [3]int      // become 0 to 2; closed by start
 	terminal  bool        // fds[0] becomes the controlling terminal
-	leaf      *cgroupLeaf // nil: stays in the daemon's cgroup
+	leaf      *cgroupLeaf // found by start; nil: stays in the daemon's cgroup
+}
+
+func (spec *spawnSpec) closeFds() {
+	for _, fd := range spec.fds {
+		if fd >= 0 {
+			syscall.Close(fd)
+		}
+	}
 }
 
 // child is a started process.
@@ -144,12 +151,12 @@ func (e *launchError) Unwrap() error { return e.errno }
 var (
 	errTooManyLaunches = errors.New("too many processes are being started and hang in the kernel")
 	errLaunchTimeout   = errors.New("the command was not executed in time")
-	errOtherUser       = errors.New("envd does not run as root and can start processes only for its own user")
 )
 
 type spawner struct {
 	launchTimeout time.Duration
 	poller        *poller
+	cgroups       *cgroups
 	inFlight      chan struct{}
 
 	mu       sync.Mutex // protects what follows and every child's reaped: registration, delivery and kill exclude each other
@@ -256,17 +263,17 @@ func (s *spawner) reapAny() bool {
 // its stderr, and it has exited with 126 or 127, as a shell would have it. A launch that hangs is given up, and its child
 // killed, when ctx ends or after launchTimeout.
 func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
-	closeFds := func() {
-		for _, fd := range spec.fds {
-			syscall.Close(fd)
-		}
-	}
 	select {
 	case s.inFlight <- struct{}{}:
 	default:
-		closeFds()
+		spec.closeFds()
 		return nil, errTooManyLaunches
 	}
+	group := "user"
+	if spec.terminal {
+		group = "ptys"
+	}
+	spec.leaf = s.cgroups.acquire(group)
 	type result struct {
 		c   *child
 		err error
@@ -274,7 +281,10 @@ func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
 	l, launched := &launch{spec: spec}, make(chan result, 1)
 	go func() {
 		c, err := s.launch(l)
-		closeFds()
+		spec.closeFds()
+		if err != nil {
+			s.cgroups.release(spec.leaf)
+		}
 		<-s.inFlight
 		launched <- result{c, err}
 	}()
@@ -295,6 +305,12 @@ func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
 	if l.current != nil {
 		s.signalLocked(l.current, l.current.pid(), syscall.SIGKILL)
 	}
+	go func() {
+		if r := <-launched; r.err == nil { // it came to be all the same
+			s.wait(r.c)
+			s.cgroups.release(spec.leaf)
+		}
+	}()
 	return nil, err
 }
 
@@ -338,10 +354,9 @@ func (s *spawner) attempt(l *launch, paths, argv []string) (*child, failedExec, 
 
 	s.mu.Lock()
 	delete(s.launches, l)
-	doomed := l.doomed
 	if errno == 0 && !c.reaped {
 		s.children[pid] = c
-		if doomed {
+		if l.doomed {
 			s.signalLocked(c, pid, syscall.SIGKILL)
 		}
 	}
@@ -350,7 +365,7 @@ func (s *spawner) attempt(l *launch, paths, argv []string) (*child, failedExec, 
 		return nil, failedExec{}, &launchError{"fork", errno}
 	}
 	failed, err := list.outcome(paths)
-	if err != nil || failed.errno != 0 || doomed {
+	if err != nil || failed.errno != 0 {
 		s.wait(c)
 	}
 	return c, failed, err
@@ -398,7 +413,7 @@ func isText(dir, path string) bool {
 	defer syscall.Close(fd)
 	head := make([]byte, 256)
 	n, err := syscall.Read(fd, head)
-	return err == nil && n > 0 && bytes.IndexByte(head[:n], 0) < 0
+	return err == nil && bytes.IndexByte(head[:max(n, 0)], 0) < 0
 }
 
 // childSteps lists what a child does between vfork and exec.
@@ -411,9 +426,6 @@ func childSteps(spec *spawnSpec, paths, argv []string) *steps {
 		if sig != uintptr(syscall.SIGKILL) && sig != uintptr(syscall.SIGSTOP) {
 			s.add(mayFail, unix.SYS_RT_SIGACTION, sig, ptr(unsafe.Pointer(&defaultHow)), 0, 8)
 		}
-	}
-	if spec.leaf != nil && !spec.leaf.cloneInto {
-		s.add(mayFail, unix.SYS_WRITE, uintptr(spec.leaf.procs), ptr(unsafe.Pointer(&ownCgroup[0])), 1)
 	}
 	s.add(0, unix.SYS_SETSID)
 	for fd, f := range spec.fds {
@@ -467,8 +479,8 @@ func runSteps(s *steps, leaf *cgroupLeaf, pidSlot *int32) (pid int, errno syscal
 	const flags = unix.CLONE_VM | unix.CLONE_VFORK | unix.CLONE_PARENT_SETTID
 	nr, a0, a1, a2 := uintptr(unix.SYS_CLONE), uintptr(flags|unix.SIGCHLD), uintptr(0), uintptr(unsafe.Pointer(pidSlot))
 	args := &cloneArgs{flags: flags | unix.CLONE_INTO_CGROUP, parentTID: uint64(a2), exitSignal: uint64(unix.SIGCHLD)}
-	if leaf != nil && leaf.cloneInto {
-		args.cgroup = uint64(leaf.dir)
+	if leaf != nil {
+		args.cgroup = uint64(leaf.dir.fd)
 		nr, a0, a1 = unix.SYS_CLONE3, uintptr(unsafe.Pointer(args)), unsafe.Sizeof(*args)
 	}
 	r := vfork(nr, a0, a1, a2, &s.list[0])
@@ -479,6 +491,17 @@ func runSteps(s *steps, leaf *cgroupLeaf, pidSlot *int32) (pid int, errno syscal
 		return 0, syscall.Errno(-r)
 	}
 	return int(r), 0
+}
+
+// canUse tells whether children survive being cloned into the leaf. On Linux 6.18 they do not if the daemon's own cgroup was
+// ever killed (cgroupDir.renew says why).
+func (s *spawner) canUse(leaf *cgroupLeaf) bool {
+	c := &child{exited: make(chan struct{})}
+	_, errno := runSteps(&steps{list: []step{{nr: noMoreSteps}}}, leaf, &c.pidSlot)
+	if errno == 0 {
+		s.wait(c)
+	}
+	return errno == 0 && c.status.Exited()
 }
 
 // vfork blocks all signals around the clone, since a handler that ran in the child would run in the daemon's memory. The
@@ -511,11 +534,8 @@ func exitsyscall()
 
 // signal reaches the whole tree: all of the leaf, or else the process group of a child that has not been reaped.
 func (s *spawner) signal(c *child, sig syscall.Signal) error {
-	if c.leaf != nil && !c.leaf.empty() {
-		if sig == syscall.SIGKILL {
-			return c.leaf.kill()
-		}
-		return c.leaf.signal(sig)
+	if c.leaf.signal(sig) {
+		return nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

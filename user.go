@@ -1,8 +1,8 @@
 // Users of the guest: the passwd and group databases, read from their files and nothing else.
 //
-// Images add users while they run, so each lookup checks the files' identity (device, inode, size, mtime) and reads
-// them again when it changed. os/user is not used: it remembers the current user for ever and fills gaps from the
-// environment. An image without /etc/passwd still has root. Formats: passwd(5), group(5).
+// Images add users while they run, so each lookup checks whether the files are still the same (device, inode, size, mtime,
+// ctime) and reads them again when not. os/user is not used: it remembers the current user for ever and fills gaps from
+// the environment. An image without /etc/passwd still has root. Formats: passwd(5), group(5).
 
 package main
 
@@ -16,9 +16,9 @@ import (
 )
 
 type account struct {
-	name, home, shell string
-	uid, gid          uint32
-	groups            []uint32 // supplementary groups and the primary one
+	name, home string
+	uid, gid   uint32
+	groups     []uint32 // supplementary groups and the primary one
 }
 
 // unknownUserError is the name that no passwd line carries. Clients see its text.
@@ -26,33 +26,26 @@ type unknownUserError string
 
 func (e unknownUserError) Error() string { return "user: unknown user " + string(e) }
 
+type userDB struct {
+	mu                    sync.Mutex // protects what follows
+	passwd, group         fileIdentity
+	accounts              map[string]account
+	userNames, groupNames map[uint32]string
+}
+
 type fileIdentity struct {
-	dev, ino    uint64
-	size        int64
-	mtime       syscall.Timespec
-	ctime       syscall.Timespec
-	unavailable bool
+	dev, ino     uint64
+	size         int64
+	mtime, ctime syscall.Timespec
 }
 
 func identify(path string) fileIdentity {
 	var st syscall.Stat_t
-	if err := syscall.Stat(path, &st); err != nil {
-		return fileIdentity{unavailable: true}
+	if syscall.Stat(path, &st) != nil {
+		return fileIdentity{size: -1}
 	}
 	return fileIdentity{dev: uint64(st.Dev), ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
 }
-
-type userDB struct {
-	passwdPath, groupPath string
-
-	mu            sync.Mutex // protects what follows
-	passwd, group fileIdentity
-	accounts      map[string]account
-	userNames     map[uint32]string
-	groupNames    map[uint32]string
-}
-
-func newUserDB() *userDB { return &userDB{passwdPath: "/etc/passwd", groupPath: "/etc/group"} }
 
 func (db *userDB) lookup(name string) (account, error) {
 	db.mu.Lock()
@@ -87,55 +80,50 @@ func nameOrNumber(names map[uint32]string, id uint32) string {
 }
 
 func (db *userDB) refreshLocked() {
-	passwd, group := identify(db.passwdPath), identify(db.groupPath)
+	passwd, group := identify("/etc/passwd"), identify("/etc/group")
 	if db.accounts != nil && passwd == db.passwd && group == db.group {
 		return
 	}
 	db.passwd, db.group = passwd, group
 	db.accounts, db.userNames, db.groupNames = map[string]account{}, map[uint32]string{}, map[uint32]string{}
-	for _, f := range databaseLines(db.passwdPath, 7) {
-		uid, uidErr := strconv.ParseUint(f[2], 10, 32)
-		gid, gidErr := strconv.ParseUint(f[3], 10, 32)
-		if _, dup := db.accounts[f[0]]; dup || uidErr != nil || gidErr != nil {
-			continue
-		}
-		db.accounts[f[0]] = account{name: f[0], uid: uint32(uid), gid: uint32(gid), home: f[5], shell: f[6]}
-		if _, dup := db.userNames[uint32(uid)]; !dup {
-			db.userNames[uint32(uid)] = f[0]
-		}
-	}
-	if _, ok := db.accounts["root"]; !ok && passwd.unavailable {
-		db.accounts["root"] = account{name: "root", home: "/root", groups: []uint32{0}}
-		db.userNames[0] = "root"
-	}
 	members := map[string][]uint32{}
-	for _, f := range databaseLines(db.groupPath, 4) {
-		gid, err := strconv.ParseUint(f[2], 10, 32)
-		if err != nil {
-			continue
+	readDatabase("/etc/group", 4, func(f []string) {
+		gid := number(f[2])
+		db.groupNames[gid] = f[0]
+		for member := range strings.SplitSeq(f[3], ",") {
+			members[member] = append(members[member], gid)
 		}
-		if _, dup := db.groupNames[uint32(gid)]; !dup {
-			db.groupNames[uint32(gid)] = f[0]
-		}
-		for _, member := range strings.Split(f[3], ",") {
-			members[member] = append(members[member], uint32(gid))
-		}
-	}
-	for name, a := range db.accounts {
-		a.groups = append([]uint32{a.gid}, members[name]...)
+	})
+	readDatabase("/etc/passwd", 7, func(f []string) {
+		a := account{name: f[0], uid: number(f[2]), gid: number(f[3]), home: f[5]}
+		a.groups = append(members[a.name], a.gid)
 		slices.Sort(a.groups)
 		a.groups = slices.Compact(a.groups)
-		db.accounts[name] = a
+		db.accounts[a.name], db.userNames[a.uid] = a, a.name
+	})
+	if passwd.size < 0 {
+		db.accounts["root"], db.userNames[0] = account{name: "root", home: "/root", groups: []uint32{0}}, "root"
 	}
 }
 
-// databaseLines splits a colon-separated database; lines with fewer than n fields are passed over.
-func databaseLines(path string, n int) (lines [][]string) {
+// number reads an id that readDatabase has checked.
+func number(text string) uint32 {
+	n, _ := strconv.ParseUint(text, 10, 32)
+	return uint32(n)
+}
+
+// readDatabase calls line with the fields of each valid line, the last one first, so that the first of equal ones stays.
+func readDatabase(path string, fields int, line func([]string)) {
 	text, _ := os.ReadFile(path)
-	for line := range strings.SplitSeq(string(text), "\n") {
-		if f := strings.Split(strings.TrimSpace(line), ":"); len(f) >= n && f[0] != "" && f[0][0] != '#' {
-			lines = append(lines, f)
+	for _, l := range slices.Backward(strings.Split(string(text), "\n")) {
+		f := strings.Split(strings.TrimSpace(l), ":")
+		if len(f) < fields || f[0] == "" || f[0][0] == '#' {
+			continue
+		}
+		if _, err := strconv.ParseUint(f[2], 10, 32); err == nil {
+			if _, err := strconv.ParseUint(f[3], 10, 32); err == nil || fields == 4 {
+				line(f)
+			}
 		}
 	}
-	return lines
 }
