@@ -122,7 +122,7 @@ func TestHelpListsFlagsInGroups(t *testing.T) {
 		"end-silence": "250ms", "end-grace": "2s", "retain-time": "10m", "retain-count": "4096",
 		"start-timeout": "30s", "max-processes": "4096", "stall-timeout": "1m|60s", "stall-timeout-shared": "10s",
 		"keepalive-interval": "1m30s|90s", "header-timeout": "30s", "idle-timeout": "10m40s|640s", "stop-timeout": "5s",
-		"max-waiting-connections": "1024",
+		"max-waiting-connections": "512",
 	} {
 		line := regexp.MustCompile(`(?m)^\s+--?` + flag + `\b[^-\w].*(\n\s{4,}[^-\s].*)*`).FindString(help)
 		if line == "" {

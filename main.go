@@ -143,6 +143,7 @@ func main() {
 // run serves until SIGTERM or SIGINT.
 func run(c *config) int {
 	slog.SetDefault(newLogger(os.Stdout, c.server.isnotfc))
+	debug.SetGCPercent(50) // memory is dearer than time: the live heap is a few MiB, mostly output
 	prepareProcess()
 	listener, err := net.Listen("tcp", net.JoinHostPort(c.listen, strconv.Itoa(c.port)))
 	if err != nil {

@@ -465,7 +465,7 @@ func (s *processService) finish(p *process) {
 
 // linger waits until the output is complete, as far as anyone can tell: at the end of every pipe; or when what was in them
 // at the exit has been read, and background children that hold them open have been silent for a while, or have talked for
-// too long, or the process was killed. The clocks stand still while the reader waits for a client.
+// too long, or the process was killed. While a client is what the pipes wait for, nobody is silent.
 func (p *process) linger(targets []int64, silence, grace time.Duration) {
 	const step = 5 * time.Millisecond
 	tick := time.NewTicker(step)
@@ -478,21 +478,20 @@ func (p *process) linger(targets []int64, silence, grace time.Duration) {
 			return
 		case <-tick.C:
 		}
-		if p.log.held() {
-			continue
-		}
 		complete, sum := true, int64(0)
 		for i, out := range p.outputs {
 			n := out.logged.Load()
 			complete = complete && n >= targets[i]
 			sum += n
 		}
-		quiet += step
-		total += step
-		if sum != last {
+		if !complete {
+			continue
+		}
+		if total += step; sum != last || p.log.held() {
 			quiet, last = 0, sum
 		}
-		if complete && (p.signaled.Load() || quiet >= silence || total >= grace) {
+		quiet += step
+		if p.signaled.Load() || quiet > silence || total >= grace {
 			return
 		}
 	}

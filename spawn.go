@@ -431,6 +431,8 @@ func childSteps(spec *spawnSpec, paths, argv []string) *steps {
 	for fd, f := range spec.fds {
 		s.add(0, unix.SYS_DUP3, uintptr(f), uintptr(fd), 0)
 	}
+	// A child that hangs must not hold what others wait to see closed: its copies of sockets and pipes.
+	s.add(mayFail, unix.SYS_CLOSE_RANGE, 3, 1<<32-1, 0)
 	if spec.terminal {
 		s.add(0, unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 0)
 	}

@@ -44,10 +44,11 @@ type report struct {
 	packages []*item
 	byName   map[[2]string]*item // package and test
 	builds   map[string]*strings.Builder
+	shown    map[*item]bool // whose output is in the report already
 }
 
 func newReport() *report {
-	return &report{byName: map[[2]string]*item{}, builds: map[string]*strings.Builder{}}
+	return &report{byName: map[[2]string]*item{}, builds: map[string]*strings.Builder{}, shown: map[*item]bool{}}
 }
 
 // run reads what a `go test -json` prints. A command that fails without an event that says why counts as a failure.
@@ -234,7 +235,8 @@ func (r *report) print(w io.Writer, ci bool, allowed map[string]string) bool {
 	return ok
 }
 
-// failureOutput returns what a failed test, the tests around it and, if it did not finish, its package printed.
+// failureOutput returns what a failed test, the tests around it and, if it did not finish, its package printed: each once
+// in a report.
 func (r *report) failureOutput(it *item) (lines []string) {
 	sources := []*item{it}
 	for name := it.test; strings.Contains(name, "/"); {
@@ -245,7 +247,10 @@ func (r *report) failureOutput(it *item) (lines []string) {
 		sources = append(sources, r.item(it.pkg, ""))
 	}
 	for _, source := range sources {
-		lines = append(lines, source.lines()...)
+		if !r.shown[source] {
+			lines = append(lines, source.lines()...)
+		}
+		r.shown[source] = true
 	}
 	return lines
 }

@@ -43,6 +43,9 @@ func TestReport(t *testing.T) {
 				"output TestA/x     a_test.go:2: broken\noutput TestA/x     --- FAIL: TestA/x (0.00s)\nfail TestA/x\n" +
 				"pass TestA/y\nfail TestA\nfail -"),
 			says: []string{"Failed:\n  p.TestA/x\n        a_test.go:2: broken\n        a_test.go:1: above\n\n"}},
+		{name: "a parent's output is shown once", summary: "0 passed, 2 failed, 0 skipped",
+			events: events("output TestA above\nfail TestA/x\nfail TestA/y\nfail TestA\nfail -"),
+			says:   []string{"Failed:\n  p.TestA/x\n    above\n  p.TestA/y\n\n"}},
 		{name: "a parent that fails by itself", summary: "1 passed, 1 failed, 0 skipped",
 			events: events("pass TestA/x\nfail TestA\nfail -"), says: []string{"p.TestA\n"}},
 		{name: "failed once of twice", summary: "0 passed, 1 failed, 0 skipped",
