@@ -12,7 +12,6 @@ import (
 	"bytes"
 	"cmp"
 	"compress/gzip"
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -112,7 +111,9 @@ func nothing() error { return nil }
 func (s *fileService) resolve(user account, path string) (string, error) {
 	_, workdir := s.settings.defaults()
 	resolved, err := resolvePath(path, user.home, workdir)
-	if err != nil {
+	if strings.IndexByte(resolved, 0) >= 0 {
+		err = httpErrorf(http.StatusBadRequest, "a NUL byte in path %q", path)
+	} else if err != nil {
 		err = httpErrorf(http.StatusBadRequest, "error expanding and resolving path '%s': failed to expand path '' for user '%s': %v",
 			path, user.name, err)
 	}
@@ -553,9 +554,10 @@ func (s *fileService) readWhole(body io.Reader) (content []byte, whole bool, err
 type replacement struct {
 	*place
 	owner    account
-	metadata map[string]string // nil: as it is
-	stored   map[string]string // the metadata afterwards
-	forced   bool              // in place, even where no room can be made beforehand
+	metadata map[string]string  // nil: as it is
+	stored   map[string]string  // the metadata afterwards
+	dress    func(fd int) error // instead of owner and metadata
+	forced   bool               // in place, even where no room can be made beforehand
 }
 
 // inPlace writes n bytes over what is there, or into a new file.
@@ -577,9 +579,10 @@ func (r *replacement) inPlace(content io.Reader, n int64) error {
 			return err
 		}
 	}
-	undo, err := r.dress(fd)
+	undo, err := r.dressed(fd)
 	if err == nil && r.exists() && n > 0 {
-		if err = unix.Fallocate(fd, 0, 0, n); err == unix.EOPNOTSUPP || err == unix.ENOSYS {
+		err = retry(func() error { return unix.Fallocate(fd, 0, 0, n) }) // tmpfs breaks off for any signal
+		if err == unix.EOPNOTSUPP || err == unix.ENOSYS {
 			if err = nil; !r.forced {
 				err = errNotInPlace
 			}
@@ -599,7 +602,7 @@ func (r *replacement) inPlace(content io.Reader, n int64) error {
 	if err != nil {
 		undo()
 		if !r.exists() {
-			r.do(func() error { return unix.Unlinkat(r.dir, r.name, 0) })
+			r.unlink()
 		}
 		return err
 	}
@@ -619,9 +622,12 @@ func (r *replacement) checkOpened(fd int) error {
 	return nil
 }
 
-// dress gives an open file its owner and metadata. What it did can be undone.
-func (r *replacement) dress(fd int) (undo func(), err error) {
+// dressed gives an open file its owner and metadata. What it did can be undone.
+func (r *replacement) dressed(fd int) (undo func(), err error) {
 	var st unix.Stat_t
+	if r.dress != nil {
+		return func() {}, r.dress(fd)
+	}
 	if err := unix.Fstat(fd, &st); err != nil {
 		return func() {}, os.NewSyscallError("fstat", err)
 	}
@@ -668,14 +674,8 @@ func setXattrs(fd int, wanted, old map[string]string) error {
 
 // beside fills a hidden file in the same directory and gives it the target's name.
 func (r *replacement) beside(fill func(f *os.File) error) error {
-	temp := &place{dir: r.dir, name: ".envd-" + rand.Text(), path: r.path, as: r.as}
+	temp := r.hidden()
 	f, err := temp.open(os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o666)
-	hidden := err == nil
-	if errors.Is(err, unix.EACCES) && r.exists() { // a link's owner may write the file, but make none beside it
-		if f, err = os.CreateTemp("", ".envd-"); err == nil {
-			os.Remove(f.Name())
-		}
-	}
 	if err != nil && isFull(err) {
 		return httpErrorf(http.StatusInsufficientStorage, "not enough inodes available: %v", err)
 	} else if err != nil {
@@ -683,19 +683,19 @@ func (r *replacement) beside(fill func(f *os.File) error) error {
 	}
 	defer f.Close()
 	defer func() {
-		if hidden {
-			r.do(func() error { return unix.Unlinkat(temp.dir, temp.name, 0) })
+		if temp != nil {
+			temp.unlink()
 		}
 	}()
 	if err := fill(f); err != nil {
 		return fmt.Errorf("error writing file: %w", err)
 	}
-	if hidden && r.st.Nlink <= 1 {
+	if r.st.Nlink <= 1 {
 		if r.exists() {
 			err = r.copyAttributes(int(f.Fd()))
 		}
 		if err == nil {
-			_, err = r.dress(int(f.Fd()))
+			_, err = r.dressed(int(f.Fd()))
 		}
 		if err == nil && r.exists() {
 			err = unix.Fchmod(int(f.Fd()), r.st.Mode&0o777)
@@ -706,7 +706,7 @@ func (r *replacement) beside(fill func(f *os.File) error) error {
 		r.stored = metadataOf(fileXattrs(int(f.Fd()), isMetadata))
 		err = r.do(func() error { return unix.Renameat(temp.dir, temp.name, r.dir, r.name) })
 		if err == nil {
-			hidden = false
+			temp = nil
 			return nil
 		}
 		if !r.exists() || isFull(err) {
@@ -1027,7 +1027,7 @@ func (x *unpacker) leave(next string) {
 			return
 		}
 		if fd, err := unix.Openat(d.dir, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err == nil {
-			if err := x.dress(fd, d.as, d.header); err != nil {
+			if err := x.dress(fd, d.header); err != nil {
 				slog.Warn("attributes of a directory could not be set", "logger", "files", "path", d.path, "error", err)
 			}
 			unix.Close(fd)
@@ -1038,7 +1038,7 @@ func (x *unpacker) leave(next string) {
 }
 
 // dress gives something new its owner, mode, attributes and time. The archive's owner counts only for root.
-func (x *unpacker) dress(fd int, as *account, h *tar.Header) error {
+func (x *unpacker) dress(fd int, h *tar.Header) error {
 	owner := account{uid: uint32(h.Uid), gid: uint32(h.Gid)}
 	if x.user.uid != 0 {
 		owner = x.user
@@ -1099,42 +1099,39 @@ func (x *unpacker) unpack(h *tar.Header, name string, content io.Reader) error {
 	if at.kind() == unix.S_IFDIR {
 		return httpErrorf(http.StatusBadRequest, "path is a directory: %s", at.path)
 	}
-	temp := &place{dir: at.dir, name: ".envd-" + rand.Text(), path: at.path, as: at.as}
 	switch h.Typeflag {
 	case tar.TypeLink:
 		return x.unpackLink(h, at, way)
 	case tar.TypeSymlink:
-		err = at.do(func() error { return unix.Symlinkat(h.Linkname, at.dir, temp.name) })
-	default:
-		err = x.unpackFile(h, temp, content)
+		return x.unpackSymlink(h, at)
 	}
-	if err == nil && h.Typeflag == tar.TypeSymlink {
-		var fd int
-		if fd, err = unix.Openat(at.dir, temp.name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0); err == nil {
-			var st unix.Stat_t
-			if unix.Fstat(fd, &st); st.Mode&unix.S_IFMT == unix.S_IFLNK && int(st.Uid) == at.uid() {
-				err = x.dress(fd, at.as, h)
-			}
-			unix.Close(fd)
+	at.st = unix.Stat_t{} // the name is replaced: nothing of what has it now matters
+	r := &replacement{place: at, dress: func(fd int) error { return x.dress(fd, h) }}
+	return r.beside(func(f *os.File) error {
+		_, err := copyAll(f, content)
+		return err
+	})
+}
+
+func (x *unpacker) unpackSymlink(h *tar.Header, at *place) error {
+	temp := at.hidden()
+	err := at.do(func() error { return unix.Symlinkat(h.Linkname, at.dir, temp.name) })
+	if err != nil {
+		return err
+	}
+	fd, err := unix.Openat(at.dir, temp.name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err == nil {
+		var st unix.Stat_t
+		if unix.Fstat(fd, &st); st.Mode&unix.S_IFMT == unix.S_IFLNK && int(st.Uid) == at.uid() {
+			err = x.dress(fd, h)
 		}
+		unix.Close(fd)
 	}
 	if err == nil {
 		err = at.do(func() error { return unix.Renameat(at.dir, temp.name, at.dir, at.name) })
 	}
 	if err != nil {
-		at.do(func() error { return unix.Unlinkat(at.dir, temp.name, 0) })
-	}
-	return err
-}
-
-func (x *unpacker) unpackFile(h *tar.Header, temp *place, content io.Reader) error {
-	f, err := temp.open(os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if _, err = copyAll(f, content); err == nil {
-		err = x.dress(int(f.Fd()), temp.as, h)
+		temp.unlink()
 	}
 	return err
 }

@@ -995,7 +995,7 @@ func TestTarCut(t *testing.T) {
 	old := writeFile(t, filepath.Join(dir, "f"), "old", 0o644)
 	body := archive(t, tarEntry{name: "f", content: strings.Repeat("new", 10_000)})
 	got := d.request(t, "POST", filesPath("path", dir), body[:5000], "Content-Type", "application/x-tar")
-	wantFailure(t, "cut", got, 500, "error unpacking 'f': unexpected EOF")
+	wantFailure(t, "cut", got, 500, "error unpacking 'f': error writing file: unexpected EOF")
 	wantContent(t, old, "old")
 	noTemporaryFiles(t, dir)
 }

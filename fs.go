@@ -51,7 +51,9 @@ func (s *fsService) resolve(ctx context.Context, path string) (account, string, 
 		return user, "", connect.NewError(connect.CodeUnauthenticated, err)
 	}
 	resolved, err := resolvePath(path, user.home, defaultWorkdir)
-	if err != nil {
+	if strings.IndexByte(resolved, 0) >= 0 {
+		err = connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("a NUL byte in path %q", path))
+	} else if err != nil {
 		err = connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("failed to expand path '%s' for user '%s': %w", path, user.name, err))
 	}
 	return user, resolved, err

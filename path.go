@@ -10,6 +10,7 @@
 package main
 
 import (
+	"crypto/rand"
 	"errors"
 	"os"
 	"path/filepath"
@@ -76,9 +77,30 @@ func (p *place) do(f func() error) error {
 	return actAs(p.as, f)
 }
 
+// hidden is a new name in the same directory.
+func (p *place) hidden() *place {
+	return &place{dir: p.dir, name: ".envd-" + rand.Text(), path: p.path, as: p.as}
+}
+
+func (p *place) unlink() error {
+	return p.do(func() error { return unix.Unlinkat(p.dir, p.name, 0) })
+}
+
+// retry calls again what a signal interrupted; the runtime sends itself some.
+func retry(f func() error) (err error) {
+	for err = unix.EINTR; err == unix.EINTR; {
+		err = f()
+	}
+	return err
+}
+
 func (p *place) open(flags int, mode uint32) (f *os.File, err error) {
 	err = p.do(func() error {
-		fd, err := unix.Openat(p.dir, p.name, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, mode)
+		var fd int
+		err := retry(func() (err error) {
+			fd, err = unix.Openat(p.dir, p.name, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, mode)
+			return err
+		})
 		if err != nil {
 			return &os.PathError{Op: "open", Path: p.path, Err: err}
 		}
