@@ -606,7 +606,9 @@ func (r *replacement) inPlace(content io.Reader, n int64) error {
 		}
 		return err
 	}
-	r.stored = metadataOf(fileXattrs(fd, isMetadata))
+	if len(r.metadata) > 0 {
+		r.stored = metadataOf(fileXattrs(fd, isMetadata))
+	}
 	return nil
 }
 
@@ -703,7 +705,9 @@ func (r *replacement) beside(fill func(f *os.File) error) error {
 		if err != nil {
 			return err
 		}
-		r.stored = metadataOf(fileXattrs(int(f.Fd()), isMetadata))
+		if len(r.metadata) > 0 {
+			r.stored = metadataOf(fileXattrs(int(f.Fd()), isMetadata))
+		}
 		err = r.do(func() error { return unix.Renameat(temp.dir, temp.name, r.dir, r.name) })
 		if err == nil {
 			temp = nil

@@ -785,6 +785,7 @@ func TestLinksLendNoPower(t *testing.T) {
 // raceAttacker swaps a directory and a link to root's, as fast as it can, as the user.
 func raceAttacker(args []string) {
 	home, roots := args[0], args[1]
+	swaps, _ := strconv.Atoi(args[2])
 	syscall.Setgroups(nil)
 	syscall.Setgid(uidUser)
 	if syscall.Setuid(uidUser) != nil || os.Chdir(home) != nil {
@@ -795,7 +796,7 @@ func raceAttacker(args []string) {
 	os.Symlink(roots+"/file", "flink")
 	os.WriteFile("plain", nil, 0o644)
 	unix.Rename("real", "swap")
-	for {
+	for range swaps {
 		unix.Renameat2(unix.AT_FDCWD, "swap", unix.AT_FDCWD, "link", unix.RENAME_EXCHANGE)
 		unix.Renameat2(unix.AT_FDCWD, "plain", unix.AT_FDCWD, "flink", unix.RENAME_EXCHANGE)
 	}
@@ -808,19 +809,29 @@ func TestRacingAttacker(t *testing.T) {
 	roots, untouched := rootsOwn(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	attacker := commandOf(ctx, helperBinary(t), "race-attacker", home, roots)
+	swaps := 100_000
+	if testing.Short() {
+		swaps = 20_000
+	}
+	attacker := exec.CommandContext(ctx, helperBinary(t), "race-attacker", home, roots, strconv.Itoa(swaps))
 	if err := attacker.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer attacker.Wait()
-	defer cancel()
+	finished := make(chan error)
+	go func() { finished <- attacker.Wait() }()
 	waitFor(t, 5*time.Second, "the attacker", func() bool { _, err := os.Lstat(home + "/swap"); return err == nil })
-	rounds := 2000
-	if testing.Short() {
-		rounds = 200
-	}
 	var refused, done int
-	for i := range rounds {
+	for i := 0; ; i++ {
+		select {
+		case err := <-finished:
+			if err != nil {
+				t.Error(err)
+			}
+			untouched("the race")
+			t.Logf("%d refused, %d done during %d swaps", refused, done, swaps)
+			return
+		default:
+		}
 		var no bool
 		switch i % 6 {
 		case 0:
@@ -847,11 +858,11 @@ func TestRacingAttacker(t *testing.T) {
 			done++
 		}
 		if i%100 == 99 && !untouched(fmt.Sprint("round ", i)) {
+			cancel()
+			<-finished
 			return
 		}
 	}
-	untouched("the race")
-	t.Logf("%d refused, %d done", refused, done)
 }
 
 // ---- archives ------------------------------------------------------------------------------------------------------
@@ -998,8 +1009,4 @@ func TestTarCut(t *testing.T) {
 	wantFailure(t, "cut", got, 500, "error unpacking 'f': error writing file: unexpected EOF")
 	wantContent(t, old, "old")
 	noTemporaryFiles(t, dir)
-}
-
-func commandOf(ctx context.Context, name string, args ...string) *exec.Cmd {
-	return exec.CommandContext(ctx, name, args...)
 }

@@ -146,7 +146,10 @@ func (e *entries) entry(name, path, shown string, st *unix.Stat_t) *pb.EntryInfo
 	case unix.S_IFREG:
 		entry.Type = pb.FileType_FILE_TYPE_FILE
 	}
-	if entry.Type != pb.FileType_FILE_TYPE_UNSPECIFIED && entry.SymlinkTarget == nil {
+	if entry.Type == pb.FileType_FILE_TYPE_UNSPECIFIED || entry.SymlinkTarget != nil {
+		return entry
+	}
+	if n, err := unix.Llistxattr(path, nil); err == nil && n > 0 {
 		entry.Metadata = metadataOf(xattrs(func(b []byte) (int, error) { return unix.Llistxattr(path, b) },
 			func(name string, b []byte) (int, error) { return unix.Lgetxattr(path, name, b) }, isMetadata))
 	}

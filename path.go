@@ -331,32 +331,24 @@ const metadataPrefix = "user.e2b."
 
 // xattrs reads the extended attributes that keep accepts; list and get are the f or l variants of the system calls.
 func xattrs(list func([]byte) (int, error), get func(string, []byte) (int, error), keep func(string) bool) map[string]string {
-	var found map[string]string
-	var few [512]byte
-	buf := few[:]
-	n, err := list(buf)
-	if err == unix.ERANGE {
-		buf = make([]byte, 64<<10) // XATTR_LIST_MAX
-		n, err = list(buf)
-	}
+	found := map[string]string{}
+	n, err := list(nil)
 	if err != nil || n == 0 {
-		return nil
+		return found
 	}
-	value := make([]byte, 4096)
-	for name := range strings.SplitSeq(strings.TrimSuffix(string(buf[:n]), "\x00"), "\x00") {
+	names := make([]byte, n+256) // more may come in between
+	if n, err = list(names); err != nil || n == 0 {
+		return found
+	}
+	for name := range strings.SplitSeq(string(names[:n-1]), "\x00") {
 		if !keep(name) {
 			continue
 		}
-		n, err := get(name, value)
-		if err == unix.ERANGE {
-			value = make([]byte, 64<<10) // XATTR_SIZE_MAX
-			n, err = get(name, value)
-		}
-		if err == nil {
-			if found == nil {
-				found = map[string]string{}
+		if n, err = get(name, nil); err == nil {
+			value := make([]byte, n)
+			if n, err = get(name, value); err == nil {
+				found[name] = string(value[:n])
 			}
-			found[name] = string(value[:n])
 		}
 	}
 	return found
