@@ -566,19 +566,19 @@ func (r *replacement) inPlace(content io.Reader, n int64) error {
 	if !r.exists() {
 		flags |= os.O_CREATE | os.O_EXCL
 	}
-	f, err := r.open(flags, 0o666)
+	fd, err := r.openFd(flags, 0o666)
 	if err != nil && isFull(err) {
 		return httpErrorf(http.StatusInsufficientStorage, "not enough inodes available: %v", err)
 	} else if err != nil {
 		return fmt.Errorf("error opening file: %w", err)
 	}
-	defer f.Close()
-	fd, size := int(f.Fd()), r.st.Size
+	defer unix.Close(fd)
 	if r.exists() {
 		if err := r.checkOpened(fd); err != nil {
 			return err
 		}
 	}
+	size := r.st.Size
 	undo, err := r.dressed(fd)
 	if err == nil && r.exists() && n > 0 {
 		err = retry(func() error { return unix.Fallocate(fd, 0, 0, n) }) // tmpfs breaks off for any signal
@@ -592,8 +592,8 @@ func (r *replacement) inPlace(content io.Reader, n int64) error {
 	}
 	if err == nil {
 		undo = func() {} // from here on the old content is gone
-		if _, err = copyAll(f, content); err == nil && n < size {
-			err = f.Truncate(n)
+		if _, err = copyAll(fdWriter(fd), content); err == nil && n < size {
+			err = unix.Ftruncate(fd, n)
 		}
 		if err != nil {
 			err = fmt.Errorf("error writing file: %w", err)
@@ -610,6 +610,19 @@ func (r *replacement) inPlace(content io.Reader, n int64) error {
 		r.stored = metadataOf(fileXattrs(fd, isMetadata))
 	}
 	return nil
+}
+
+type fdWriter int
+
+func (fd fdWriter) Write(p []byte) (done int, err error) {
+	for done < len(p) && err == nil {
+		err = retry(func() error {
+			n, err := unix.Write(int(fd), p[done:])
+			done += max(n, 0)
+			return err
+		})
+	}
+	return done, err
 }
 
 // checkOpened looks at what was opened by name: a regular file still, and not another owner's by way of a hard link.
