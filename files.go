@@ -81,8 +81,7 @@ func (s *fileService) answer(w http.ResponseWriter, done any, err error) {
 func isFull(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
 
 // acting checks the credentials of a request for a file and answers whom it acts as; check comes before the lookup.
-func (s *fileService) acting(r *http.Request, operation string, check func() error) (account, error) {
-	query := r.URL.Query()
+func (s *fileService) acting(r *http.Request, query url.Values, operation string, check func() error) (account, error) {
 	if status, reason := s.token.refuseFile(r.Header.Get("X-Access-Token"), query, operation, time.Now()); status != 0 {
 		return account{}, httpErrorf(status, "%s", reason)
 	}
@@ -163,9 +162,10 @@ func (s *fileService) download(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *fileService) openDownload(r *http.Request) (f *os.File, info os.FileInfo, path string, err error) {
-	user, err := s.acting(r, "read", nothing)
+	query := r.URL.Query()
+	user, err := s.acting(r, query, "read", nothing)
 	if err == nil {
-		path, err = s.resolve(user, r.URL.Query().Get("path"))
+		path, err = s.resolve(user, query.Get("path"))
 	}
 	if err != nil {
 		return nil, nil, "", err
@@ -344,7 +344,7 @@ func (s *fileService) upload(w http.ResponseWriter, r *http.Request) {
 func (s *fileService) beginUpload(r *http.Request) (*uploadRequest, error) {
 	u := &uploadRequest{fileService: s, query: r.URL.Query(), body: r.Body, length: r.ContentLength, files: []written{}}
 	var err error
-	u.user, err = s.acting(r, "write", func() (err error) {
+	u.user, err = s.acting(r, u.query, "write", func() (err error) {
 		coding, _, _ := strings.Cut(r.Header.Get("Content-Encoding"), ";")
 		switch coding = strings.ToLower(strings.TrimSpace(coding)); coding {
 		case "", "identity":
@@ -456,7 +456,7 @@ func (u *uploadRequest) receiveFile(path string, body io.Reader) error {
 		}
 		return httpErrorf(http.StatusBadRequest, "%s", text)
 	}
-	metadata, err := u.put(path, u.user, u.metadata, body)
+	metadata, err := u.put(path, body)
 	var known *httpError
 	switch {
 	case isFull(err) && !errors.As(err, &known) && u.length > 0:
@@ -476,40 +476,60 @@ func (u *uploadRequest) receiveFile(path string, body io.Reader) error {
 var errNotInPlace = errors.New("no fallocate here")
 
 // put makes what a reader gives the content of a file and answers the file's metadata, as it is on disk then.
-func (s *fileService) put(path string, owner account, metadata map[string]string, body io.Reader) (map[string]string, error) {
-	content, whole, err := s.readWhole(body)
-	defer func() { s.held.Add(-int64(cap(content))) }()
+func (u *uploadRequest) put(path string, body io.Reader) (map[string]string, error) {
+	content, whole, err := u.readWhole(body)
+	defer func() { u.held.Add(-int64(cap(content))) }()
 	if err != nil {
 		return nil, fmt.Errorf("error writing file: %w", err)
 	}
 	for attempt := 0; ; attempt++ {
-		stored, err := s.putOnce(path, owner, metadata, content, whole, body)
+		r, err := u.target(path, u.user, u.metadata)
+		if err != nil {
+			return nil, err
+		}
+		err = errNotInPlace
+		if whole {
+			err = r.inPlace(bytes.NewReader(content), int64(len(content)))
+		}
+		if errors.Is(err, errNotInPlace) {
+			err = r.beside(func(f *os.File) error {
+				_, err := f.Write(content)
+				if err == nil && !whole {
+					_, err = copyAll(f, body)
+				}
+				return err
+			})
+		}
+		r.close()
+		// Others make and remove files, too: what was read whole can be tried again.
 		if raced := errors.Is(err, unix.EEXIST) || errors.Is(err, unix.ENOENT); !raced || !whole || attempt == 3 {
-			return stored, err
+			return r.stored, err
 		}
 	}
 }
 
-func (s *fileService) putOnce(path string, owner account, metadata map[string]string, content []byte, whole bool, rest io.Reader) (map[string]string, error) {
-	r, err := s.target(path, owner, metadata)
-	if err != nil {
-		return nil, err
+// readWhole reads a body into memory, as far as it and all others may be there. What it gives counts in held.
+func (u *uploadRequest) readWhole(body io.Reader) (content []byte, whole bool, err error) {
+	size := 8 << 10
+	if 0 < u.length && u.length < int64(size) {
+		size = int(u.length) + 1
 	}
-	defer r.close()
-	err = errNotInPlace
-	if whole {
-		err = r.inPlace(bytes.NewReader(content), int64(len(content)))
-	}
-	if errors.Is(err, errNotInPlace) {
-		err = r.beside(func(f *os.File) error {
-			_, err := f.Write(content)
-			if err == nil && !whole {
-				_, err = copyAll(f, rest)
+	for ; ; size = min(cap(content)*2, wholeUpload+1) {
+		if grown := int64(size - cap(content)); grown == 0 || u.held.Add(grown) > wholeUploads {
+			u.held.Add(-grown)
+			return content, false, nil
+		}
+		content = append(make([]byte, 0, size), content...)
+		for len(content) < size {
+			n, err := body.Read(content[len(content):size])
+			content = content[:len(content)+n]
+			if err == io.EOF {
+				return content, true, nil
+			} else if err != nil {
+				return content, false, err
 			}
-			return err
-		})
+		}
 	}
-	return r.stored, err
 }
 
 // target goes to a file that is to be replaced or made.
@@ -528,26 +548,6 @@ func (s *fileService) target(path string, owner account, metadata map[string]str
 		return nil, err
 	}
 	return &replacement{place: p, owner: owner, metadata: metadata}, nil
-}
-
-// readWhole reads a body into memory, as far as it and all others may be there. What it gives counts in held.
-func (s *fileService) readWhole(body io.Reader) (content []byte, whole bool, err error) {
-	for size := 8 << 10; ; size = min(cap(content)*2, wholeUpload+1) {
-		if grown := int64(size - cap(content)); grown == 0 || s.held.Add(grown) > wholeUploads {
-			s.held.Add(-grown)
-			return content, false, nil
-		}
-		content = append(make([]byte, 0, size), content...)
-		for len(content) < size {
-			n, err := body.Read(content[len(content):size])
-			content = content[:len(content)+n]
-			if err == io.EOF {
-				return content, true, nil
-			} else if err != nil {
-				return content, false, err
-			}
-		}
-	}
 }
 
 // replacement is a file that is being replaced, or made.
