@@ -880,7 +880,11 @@ func archive(t testing.TB, entries ...tarEntry) string {
 		if e.kind == 0 {
 			e.kind = tar.TypeReg
 		}
-		err := w.WriteHeader(&tar.Header{Name: e.name, Typeflag: e.kind, Linkname: e.link, Size: int64(len(e.content)), Mode: 0o644, Uid: 61001, Gid: 61001})
+		h := &tar.Header{Name: e.name, Typeflag: e.kind, Linkname: e.link, Size: int64(len(e.content)), Mode: 0o644, Uid: 61001, Gid: 61001}
+		if e.kind == tar.TypeDir {
+			h.Mode = 0o755
+		}
+		err := w.WriteHeader(h)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1009,4 +1013,38 @@ func TestTarCut(t *testing.T) {
 	wantFailure(t, "cut", got, 500, "error unpacking 'f': error writing file: unexpected EOF")
 	wantContent(t, old, "old")
 	noTemporaryFiles(t, dir)
+}
+
+// An ordinary user's daemon does for this user what root's does.
+func TestFilesAsOrdinaryUser(t *testing.T) {
+	d := startDaemonAsNobody(t)
+	dir := publicDir(t)
+	for _, content := range []string{"small", strings.Repeat("large", 1<<19)} {
+		for range 2 {
+			if got := d.upload(t, filesPath("path", dir+"/sub/f"), content); got.status != 200 {
+				t.Errorf("%d %s", got.status, got.body)
+			}
+		}
+		wantContent(t, dir+"/sub/f", content)
+	}
+	got := d.request(t, "POST", filesPath("path", dir+"/tar"), archive(t, tarEntry{name: "d/", kind: tar.TypeDir}, tarEntry{name: "d/f", content: "x"},
+		tarEntry{name: "l", kind: tar.TypeSymlink, link: "d"}), "Content-Type", "application/x-tar")
+	if got.status != 200 || lstat(t, dir+"/tar/d/f").Uid != 65534 {
+		t.Errorf("%d %s", got.status, got.body)
+	}
+	root := writeFile(t, filepath.Join(publicDir(t), "root"), "root", 0o644)
+	if got := d.upload(t, filesPath("path", root), "x"); got.status != 500 {
+		t.Errorf("root's file: %d %s", got.status, got.body)
+	}
+	wantContent(t, root, "root")
+	got = d.upload(t, filesPath("path", dir+"/theirs", "username", "root"), "x")
+	wantFailure(t, "another user", got, 500, "error changing file ownership: operation not permitted")
+	if _, err := os.Lstat(dir + "/theirs"); err == nil {
+		t.Error("a file for another user was left behind")
+	}
+	for method, paths := range map[string][]string{"MakeDir": {dir + "/x/y"}, "Move": {dir + "/sub", dir + "/moved"}, "ListDir": {dir}, "Stat": {dir}, "Remove": {dir + "/tar"}} {
+		if _, err := d.fsCall(t, "", method, paths...); err != nil {
+			t.Errorf("%s: %v", method, err)
+		}
+	}
 }
