@@ -5,6 +5,7 @@
 //	gzip      against compress/gzip at its default level, in this process
 //	small     1 KiB files, 8 clients, against plain writes and reads of such files by 8 goroutines
 //	list      ListDir against a walk with lstat
+//	watch     a recursive WatchDir while files and directories with a file each are made at once
 //
 // The bare server runs in a process of its own: this binary, started with bareFilesVariable set. Everything is on tmpfs.
 package main
@@ -28,6 +29,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"connectrpc.com/connect"
 	"google.golang.org/protobuf/proto"
 
 	pb "envd/proto"
@@ -35,9 +37,6 @@ import (
 
 const (
 	bareFilesVariable = "ENVD_BENCH_BARE_FILES_PORT"
-	filesDownload     = 1 << 30
-	filesUpload       = 512 << 20
-	filesText         = 256 << 20
 	filesSmall        = 8000
 	filesListed       = 20_000
 	filesClients      = 8
@@ -65,7 +64,12 @@ func init() {
 		figure{"files-list", []rowSpec{
 			{"ListDir of 20,000 files", seconds, ratioAtMost(1.6)},
 			{"ListDir, peak RSS", bytesSize, under(36 << 20)},
-		}, measureList})
+		}, measureList},
+		figure{"files-watch", []rowSpec{
+			{"burst of 20,000 files and 2,000 directories, events missing", count, exactly(0)},
+			{"burst of 20,000 files and 2,000 directories, events doubled", count, exactly(0)},
+			{"burst of 20,000 files and 2,000 directories, last event after the last change", seconds, target{}},
+		}, measureWatch})
 	if port := os.Getenv(bareFilesVariable); port != "" {
 		serveBareFiles(port)
 	}
@@ -124,6 +128,11 @@ func (b *bench) bareFiles(ctx context.Context) (*daemon, error) {
 		})
 	})
 }
+
+// How many bytes a run moves: 1 GiB down, 512 MiB up, 256 MiB of text; less in quicker runs.
+func (b *bench) downloadSize() int64 { return int64(2 * b.stdout) }
+func (b *bench) uploadSize() int64   { return int64(b.stdout) }
+func (b *bench) textSize() int       { return b.stdout / 2 }
 
 // memoryDir makes a directory on tmpfs.
 func memoryDir() (string, func(), error) {
@@ -201,7 +210,7 @@ func measureDownload(ctx context.Context, b *bench, add add) (err error) {
 	}
 	defer clean()
 	file := filepath.Join(dir, "f")
-	if err := os.WriteFile(file, bytes.Repeat([]byte("0123456789abcdef"), filesDownload/16), 0o644); err != nil {
+	if err := os.WriteFile(file, bytes.Repeat([]byte("0123456789abcdef"), int(b.downloadSize()/16)), 0o644); err != nil {
 		return err
 	}
 	d, err := b.startEnvd(ctx)
@@ -218,14 +227,14 @@ func measureDownload(ctx context.Context, b *bench, add add) (err error) {
 			return exchange(d.url, "GET "+filesURL(route, file)+" HTTP/1.1\r\n"+extra, nil, swallow(n))
 		})
 	}
-	if _, err := get(bare, "/file", "", filesDownload); err != nil {
+	if _, err := get(bare, "/file", "", b.downloadSize()); err != nil {
 		return err
 	}
-	ours, err := get(d, "/files", "", filesDownload)
+	ours, err := get(d, "/files", "", b.downloadSize())
 	if err != nil {
 		return err
 	}
-	baseline, err := get(bare, "/file", "", filesDownload)
+	baseline, err := get(bare, "/file", "", b.downloadSize())
 	if err != nil {
 		return err
 	}
@@ -238,12 +247,12 @@ func measureDownload(ctx context.Context, b *bench, add add) (err error) {
 	took, err := inTurn(100, []func() (time.Duration, error){
 		func() (time.Duration, error) {
 			start := time.Now()
-			_, err := get(d, "/files", "Range: bytes=500000000-501048575\r\n", 1<<20)
+			_, err := get(d, "/files", "Range: bytes=1000000-2048575\r\n", 1<<20)
 			return time.Since(start), err
 		},
 		func() (time.Duration, error) {
 			start := time.Now()
-			_, err := get(bare, "/file", "Range: bytes=500000000-501048575\r\n", 1<<20)
+			_, err := get(bare, "/file", "Range: bytes=1000000-2048575\r\n", 1<<20)
 			return time.Since(start), err
 		},
 	})
@@ -271,10 +280,10 @@ func measureUpload(ctx context.Context, b *bench, add add) (err error) {
 	file := filepath.Join(dir, "f")
 	put := func(d *daemon, head string, before, after string) (float64, error) {
 		os.Remove(file)
-		n := int64(len(before) + filesUpload + len(after))
-		return timed(filesUpload, func() error {
+		n := int64(len(before)+len(after)) + b.uploadSize()
+		return timed(b.uploadSize(), func() error {
 			return exchange(d.url, fmt.Sprintf("%sContent-Length: %d\r\n", head, n),
-				io.MultiReader(strings.NewReader(before), &zeroReader{filesUpload}, strings.NewReader(after)), swallow(0))
+				io.MultiReader(strings.NewReader(before), &zeroReader{b.uploadSize()}, strings.NewReader(after)), swallow(0))
 		})
 	}
 	raw := func() (float64, error) {
@@ -287,14 +296,14 @@ func measureUpload(ctx context.Context, b *bench, add add) (err error) {
 	handler := func() (float64, error) { return put(bare, "PUT "+filesURL("/file", file)+" HTTP/1.1\r\n", "", "") }
 	tcp := func() (float64, error) {
 		os.Remove(file)
-		return timed(filesUpload, func() error {
+		return timed(b.uploadSize(), func() error {
 			conn, err := net.Dial("tcp", strings.TrimPrefix(bare.url, "http://"))
 			if err != nil {
 				return err
 			}
 			defer conn.Close()
 			io.WriteString(conn, "COPY "+filesURL("/file", file)+" HTTP/1.1\r\nHost: x\r\n\r\n")
-			if _, err := io.CopyBuffer(struct{ io.Writer }{conn}, &zeroReader{filesUpload}, make([]byte, 256<<10)); err != nil {
+			if _, err := io.CopyBuffer(struct{ io.Writer }{conn}, &zeroReader{b.uploadSize()}, make([]byte, 256<<10)); err != nil {
 				return err
 			}
 			conn.(*net.TCPConn).CloseWrite()
@@ -307,7 +316,7 @@ func measureUpload(ctx context.Context, b *bench, add add) (err error) {
 		if speeds[i], err = side(); err != nil {
 			return err
 		}
-		if info, err := os.Stat(file); err != nil || info.Size() != filesUpload {
+		if info, err := os.Stat(file); err != nil || info.Size() != b.uploadSize() {
 			return fmt.Errorf("side %d: %v %v", i, info, err)
 		}
 	}
@@ -329,16 +338,16 @@ func measureGzip(ctx context.Context, b *bench, add add) error {
 		return err
 	}
 	file := filepath.Join(dir, "text")
-	if err := writeText(file, filesText); err != nil {
+	if err := writeText(file, b.textSize()); err != nil {
 		return err
 	}
-	ours, err := timed(filesText, func() error {
+	ours, err := timed(int64(b.textSize()), func() error {
 		return exchange(d.url, "GET "+filesURL("/files", file)+" HTTP/1.1\r\nAccept-Encoding: gzip\r\n", nil, swallow(1000))
 	})
 	if err != nil {
 		return err
 	}
-	baseline, err := timed(filesText, func() error {
+	baseline, err := timed(int64(b.textSize()), func() error {
 		f, err := os.Open(file)
 		if err != nil {
 			return err
@@ -489,4 +498,64 @@ func measureList(ctx context.Context, b *bench, add add) (err error) {
 	add("ListDir of 20,000 files", percentile(took[0], 50), percentile(took[1], 50), none)
 	add("ListDir, peak RSS", rss, none, none)
 	return err
+}
+
+// measureWatch makes files, and directories with a file each, as fast as it can and counts the CREATE events of each.
+func measureWatch(ctx context.Context, b *bench, add add) error {
+	dir, clean, err := memoryDir()
+	if err != nil {
+		return err
+	}
+	defer clean()
+	d, err := b.shared(ctx)
+	if err != nil {
+		return err
+	}
+	c := newClient(d.url, "")
+	defer c.close()
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	stream, err := pb.NewFilesystemClient(c.http, d.url).WatchDir(ctx, connect.NewRequest(&pb.WatchDirRequest{Path: dir, Recursive: true}))
+	if err != nil {
+		return err
+	}
+	defer stream.Close()
+	if !stream.Receive() || stream.Msg().GetStart() == nil {
+		return fmt.Errorf("no start: %v", stream.Err())
+	}
+	made := make(chan error, 1)
+	var last time.Time
+	go func() {
+		var err error
+		for i := 0; i < 20_000 && err == nil; i++ {
+			err = os.WriteFile(filepath.Join(dir, fmt.Sprintf("file%d", i)), nil, 0o644)
+		}
+		for i := 0; i < 2000 && err == nil; i++ {
+			sub := filepath.Join(dir, fmt.Sprintf("dir%d", i))
+			if err = os.Mkdir(sub, 0o755); err == nil {
+				err = os.WriteFile(filepath.Join(sub, "in"), nil, 0o644)
+			}
+		}
+		last = time.Now()
+		made <- errors.Join(err, os.WriteFile(filepath.Join(dir, "last"), nil, 0o644))
+	}()
+	seen := map[string]int{}
+	// Events of a directory come in the order of its changes; those made up for new directories come before what follows.
+	for seen["last"] == 0 && stream.Receive() {
+		if event := stream.Msg().GetFilesystem(); event.GetType() == pb.EventType_EVENT_TYPE_CREATE {
+			seen[event.GetName()]++
+		}
+	}
+	late := time.Now()
+	if err := errors.Join(<-made, stream.Err()); err != nil {
+		return err
+	}
+	doubled := 0
+	for _, times := range seen {
+		doubled += times - 1
+	}
+	add("burst of 20,000 files and 2,000 directories, events missing", float64(20_000+2*2000+1-len(seen)), none, none)
+	add("burst of 20,000 files and 2,000 directories, events doubled", float64(doubled), none, none)
+	add("burst of 20,000 files and 2,000 directories, last event after the last change", late.Sub(last).Seconds(), none, none)
+	return nil
 }
