@@ -19,7 +19,6 @@ import (
 	"strings"
 	"sync"
 	"syscall"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -62,11 +61,6 @@ func openCgroups(root string) (*cgroups, error) {
 	}
 	if !isCgroup2(root) {
 		return nil, fmt.Errorf("%s is not in a cgroup2 hierarchy", root)
-	}
-	// A kernel that knows the flag finds that there is no such descriptor.
-	args := cloneArgs{flags: unix.CLONE_INTO_CGROUP, exitSignal: uint64(unix.SIGCHLD), cgroup: 1<<31 - 1}
-	if _, _, errno := syscall.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&args)), unsafe.Sizeof(args), 0); errno != syscall.EBADF {
-		return nil, os.NewSyscallError("clone3", errno)
 	}
 	for _, group := range []string{"user", "ptys"} {
 		if err := os.MkdirAll(filepath.Join(root, group), 0o755); err != nil {
@@ -309,9 +303,4 @@ func (d *cgroupDir) oomKills() uint64 {
 	count, _, _ = strings.Cut(count, "\n")
 	n, _ := strconv.ParseUint(count, 10, 64)
 	return n
-}
-
-// cloneArgs is struct clone_args of clone(2).
-type cloneArgs struct {
-	flags, pidfd, childTID, parentTID, exitSignal, stack, stackSize, tls, setTID, setTIDSize, cgroup uint64
 }

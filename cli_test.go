@@ -333,9 +333,7 @@ func TestCmd(t *testing.T) {
 			shopt -q login_shell && echo login
 			exec sleep 300`)
 		s := startCmd(t, d)
-		home := os.Getenv("HOME")
-		if os.Geteuid() == 0 {
-			home = "/root"
+		if home := "/root"; os.Geteuid() == 0 {
 			if got := s.readUntil(t, "login\n").stdout; string(got) != "/bin/bash|"+home+"|root|/dev/null|42\nlogin\n" {
 				t.Errorf("--cmd printed %q", got)
 			}

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -18,6 +19,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -33,6 +35,7 @@ import (
 func init() {
 	testRoles["hold-lease"] = holdLease
 	testRoles["stop-everybody"] = stopEverybody
+	testRoles["serve-nothing"] = serveNothing
 }
 
 // ---- what makes an exec hang ----------------------------------------------------------------------------------------
@@ -67,14 +70,38 @@ func stopEverybody([]string) {
 	}
 }
 
+// serveNothing is a role: an HTTP server with nothing else to do, until stdin ends. What it takes to answer is the
+// machine's share of what the daemon takes.
+func serveNothing([]string) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	go http.Serve(listener, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	fmt.Println(listener.Addr())
+	io.Copy(io.Discard, os.Stdin)
+}
+
 // hostileUID is the acting user of these tests, and nobody else's: the loop of SIGSTOP stops all that it runs.
 var hostileUID = 64000 + os.Getpid()%1000
 
 // runAsHostile runs a role as that user until the test ends.
 func runAsHostile(t *testing.T, role ...string) (pid int) {
 	t.Helper()
+	hostile := uint32(hostileUID)
+	pid, says := runRole(t, &syscall.Credential{Uid: hostile, Gid: hostile}, role...)
+	if says != "ready" {
+		t.Fatalf("%q says %q", role, says)
+	}
+	return pid
+}
+
+// runRole runs a role until the test ends and answers its first line.
+func runRole(t *testing.T, as *syscall.Credential, role ...string) (pid int, says string) {
+	t.Helper()
 	cmd := exec.Command(helperBinary(t), role...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(hostileUID), Gid: uint32(hostileUID)}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: as}
 	stdin, err1 := cmd.StdinPipe()
 	stdout, err2 := cmd.StdoutPipe()
 	if err := errors.Join(err1, err2, cmd.Start()); err != nil {
@@ -85,11 +112,8 @@ func runAsHostile(t *testing.T, role ...string) (pid int) {
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
-	ready := make([]byte, 64)
-	if n, _ := stdout.Read(ready); string(ready[:n]) != "ready\n" {
-		t.Fatalf("%q says %q", role, ready[:n])
-	}
-	return cmd.Process.Pid
+	line, _ := bufio.NewReader(stdout).ReadString('\n')
+	return cmd.Process.Pid, strings.TrimSpace(line)
 }
 
 // leasedProgram is an executable that nobody can execute: the hostile user owns it and holds a lease on it.
@@ -136,7 +160,11 @@ func hostileProcesses(except ...int) (pids []int) {
 func hungFUSE(t *testing.T, dir string, answers, takes bool) (abort func()) {
 	t.Helper()
 	runtime.LockOSThread() // for good: the thread ends with the test
-	if err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")); err != nil {
+	err := unix.Unshare(unix.CLONE_NEWNS)
+	if err == nil {
+		err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+	}
+	if err != nil {
 		t.Skipf("needs a mount namespace: %v", err)
 	}
 	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
@@ -231,15 +259,17 @@ func timely(t *testing.T, measure func() error) {
 	}
 }
 
-// unharmed lets the daemon work, with much garbage to collect, while `hang` runs; /health and other starts must stay quick.
+// unharmed lets the daemon work, with much garbage to collect, while `hang` runs; /health and other starts must stay
+// quick.
 func unharmed(t *testing.T, d *daemon, hang func() error) error {
 	t.Helper()
 	slowestHealth, slowestStart := 50*time.Millisecond, time.Second
 	if raceEnabled() {
 		slowestHealth, slowestStart = 400*time.Millisecond, 4*time.Second
 	}
+	_, control := runRole(t, nil, "serve-nothing")
 	stop := make(chan struct{})
-	var health, starts []time.Duration
+	var health, bare, starts []time.Duration
 	var calls int
 	var wait sync.WaitGroup
 	loop := func(f func()) {
@@ -255,19 +285,21 @@ func unharmed(t *testing.T, d *daemon, hang func() error) error {
 		})
 	}
 	loop(func() {
-		start := time.Now()
-		response, err := d.http.Get(d.url + "/health")
-		if err != nil {
-			t.Errorf("/health: %v", err)
-			return
+		for url, times := range map[string]*[]time.Duration{d.url + "/health": &health, "http://" + control: &bare} {
+			start := time.Now()
+			response, err := d.http.Get(url)
+			if err != nil {
+				t.Errorf("%s: %v", url, err)
+				return
+			}
+			io.Copy(io.Discard, response.Body)
+			response.Body.Close()
+			if response.StatusCode != http.StatusOK {
+				t.Errorf("%s: %s", url, response.Status)
+			}
+			*times = append(*times, time.Since(start))
+			time.Sleep(time.Millisecond)
 		}
-		io.Copy(io.Discard, response.Body)
-		response.Body.Close()
-		if response.StatusCode != http.StatusOK {
-			t.Errorf("/health: %s", response.Status)
-		}
-		health = append(health, time.Since(start))
-		time.Sleep(2 * time.Millisecond)
 	})
 	loop(func() {
 		start := time.Now()
@@ -301,15 +333,20 @@ func unharmed(t *testing.T, d *daemon, hang func() error) error {
 	close(stop)
 	wait.Wait()
 	slices.Sort(health)
+	slices.Sort(bare)
 	slices.Sort(starts)
 	if len(health) < 20 || len(starts) < 5 || calls < 1 {
-		return errors.Join(err, fmt.Errorf("only %d /health, %d starts of true, %d of head meanwhile", len(health), len(starts), calls))
+		return errors.Join(err, fmt.Errorf("only %d /health, %d starts of true, %d of head meanwhile", len(health),
+			len(starts), calls))
 	}
 	p99, worst := health[len(health)*99/100], starts[len(starts)-1]
-	t.Logf("/health %d times: p50 %v, p99 %v, worst %v; /bin/true %d times: p50 %v, worst %v; %d times 4 MiB", len(health),
-		health[len(health)/2], p99, health[len(health)-1], len(starts), starts[len(starts)/2], worst, calls)
-	if p99 > slowestHealth || worst > slowestStart {
-		err = errors.Join(err, fmt.Errorf("/health p99 %v, want less than %v; a start of /bin/true took %v", p99, slowestHealth, worst))
+	machine := bare[len(bare)*99/100]
+	t.Logf("/health %d times: p50 %v, p99 %v, worst %v (an idle server: p99 %v); /bin/true %d times: p50 %v, worst %v; "+
+		"%d times 4 MiB", len(health), health[len(health)/2], p99, health[len(health)-1], machine, len(starts),
+		starts[len(starts)/2], worst, calls)
+	if slowestHealth = max(slowestHealth, 3*machine); p99 > slowestHealth || worst > slowestStart {
+		err = errors.Join(err, fmt.Errorf("/health p99 %v, want less than %v; a start of /bin/true took %v", p99,
+			slowestHealth, worst))
 	}
 	return err
 }
@@ -331,7 +368,7 @@ func endsAtDeadline(t *testing.T, d *daemon, command []string, deadline time.Dur
 	if took < deadline-10*time.Millisecond {
 		t.Errorf("%q with a deadline of %v ended after %v", command, deadline, took)
 	}
-	if took > deadline+500*time.Millisecond {
+	if took > deadline+time.Second {
 		return fmt.Errorf("%q with a deadline of %v ended after %v", command, deadline, took)
 	}
 	return nil
@@ -420,7 +457,7 @@ func TestHangingExec(t *testing.T) {
 		t.Run("a hundred at once", func(t *testing.T) {
 			program := leasedProgram(t)
 			d := startDaemonWithHostile(t)
-			h := hangs{command: argv(program), options: []callOption{withUser("hostile"), withCwd("/")}, tools: hostileProcesses()}
+			h := hangs{argv(program), []callOption{withUser("hostile"), withCwd("/")}, hostileProcesses()}
 			before := d.ownDescriptors()
 			manyHang(t, d, h, 100, 2*time.Second, 3*time.Second)
 			leavesNothing(t, d, h)
@@ -488,7 +525,7 @@ func TestHangingExec(t *testing.T) {
 	t.Run("loop of SIGSTOP", func(t *testing.T) {
 		d := startDaemonWithHostile(t)
 		tool := runAsHostile(t, "stop-everybody")
-		h := hangs{command: argv("/bin/sleep", "1000"), options: []callOption{withUser("hostile"), withCwd("/")}, tools: []int{tool}}
+		h := hangs{argv("/bin/sleep", "1000"), []callOption{withUser("hostile"), withCwd("/")}, []int{tool}}
 		manyHang(t, d, h, 10, time.Second, 3*time.Second)
 		leavesNothing(t, d, h)
 
@@ -560,7 +597,7 @@ func TestHangingExec(t *testing.T) {
 	})
 }
 
-// More starts hang than the daemon lets hang at once: what is too much is refused at once, and the rest of the daemon works.
+// More starts hang than the daemon lets hang at once: what is too much is refused, and the rest of the daemon works.
 func TestTooManyHangingStarts(t *testing.T) {
 	needRoot(t)
 	program := leasedProgram(t)
@@ -588,7 +625,8 @@ func TestTooManyHangingStarts(t *testing.T) {
 	waitFor(t, 4*time.Second, "many that hang", func() bool { return len(descendantsOf(d.pid)) > 50 })
 	d.healthy(t)
 	wait.Wait()
-	t.Logf("%d hung, %d were refused, all within %v", hung.Load(), refused.Load(), time.Since(begin).Round(time.Millisecond))
+	took := time.Since(begin).Round(time.Millisecond)
+	t.Logf("%d hung, %d were refused, all within %v", hung.Load(), refused.Load(), took)
 	if hung.Load() < 100 {
 		t.Errorf("only %d starts could hang at once", hung.Load())
 	}

@@ -1061,10 +1061,6 @@ func (d *daemon) fds() (open []string) {
 func (d *daemon) threads() int   { return int(d.statusNumber("Threads:")) }
 func (d *daemon) rss() int64     { return d.statusNumber("VmRSS:") << 10 } // bytes
 func (d *daemon) peakRSS() int64 { return d.statusNumber("VmHWM:") << 10 } // bytes
-func (d *daemon) resetPeakRSS() error {
-	return os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", d.pid), []byte("5"), 0)
-}
-
 func (d *daemon) statusNumber(field string) int64 {
 	n, _ := strconv.ParseInt(strings.TrimSuffix(statusField(d.pid, field), " kB"), 10, 64)
 	return n

@@ -1,4 +1,4 @@
-// References between the files of the daemon point only down: the floor plan of the house, and the test that holds it up.
+// References between the files of the daemon point only down: the floor plan of the house, and the test that keeps it.
 //
 // The compiler cannot see layers in a flat package. This test does: go/types says for each identifier, method and field
 // that a file uses which file declares it.
@@ -30,7 +30,7 @@ var floors = [][]string{
 	{"server", "init", "pid1"},
 	{"process", "fs", "files", "ports", "snapshot"},
 	{"spawn", "watch_inotify", "pipes", "request"},
-	{"output", "pty_linux", "cgroup", "path", "user", "auth", "metrics", "mmds", "log", "settings", "poller"},
+	{"output", "pty_linux", "cgroup", "path", "user", "auth", "metrics", "mmds", "log", "settings", "poller", "codec"},
 }
 
 // annexes are files that belong to the room of another name.
@@ -40,7 +40,7 @@ var annexes = map[string]string{"vfork_amd64": "spawn", "vfork_arm64": "spawn"}
 var doors = map[[2]string]bool{{"path", "user"}: true}
 
 // rpcRooms are the only ones that know the messages and the errors of the RPCs.
-var rpcRooms = []string{"main", "server", "process", "fs"}
+var rpcRooms = []string{"main", "server", "process", "fs", "codec"}
 
 // roomOf returns the room that a file belongs to, and the floor, counted from the top.
 func roomOf(file string) (room string, floor int, ok bool) {
@@ -157,7 +157,7 @@ func daemonSources(t *testing.T) (sources []string) {
 	return slices.DeleteFunc(sources, func(name string) bool { return strings.HasSuffix(name, "_test.go") })
 }
 
-// dependencyImporter reads the export data that the go command has in its cache: faster than type-checking net/http again.
+// dependencyImporter reads the export data in the cache of the go command: faster than type-checking net/http again.
 func dependencyImporter(t *testing.T, fset *token.FileSet) types.Importer {
 	t.Helper()
 	exports := map[string]string{}

@@ -236,7 +236,8 @@ func run(c *config) int {
 
 // rpcOptions are common to both services. Compressed requests are taken, but nothing is worth compressing on the way from a
 // guest to its host: it would cost ten times what the transfer costs.
-var rpcOptions = []connect.HandlerOption{connect.WithRecover(recovered), connect.WithCompressMinBytes(math.MaxInt)}
+var rpcOptions = []connect.HandlerOption{connect.WithRecover(recovered), connect.WithCompressMinBytes(math.MaxInt),
+	connect.WithCodec(protoCodec{}), connect.WithCodec(jsonCodec{"json"}), connect.WithCodec(jsonCodec{"json; charset=utf-8"})}
 
 // recovered answers for a handler that panicked: an error of that request only.
 func recovered(_ context.Context, spec connect.Spec, _ http.Header, reason any) error {

@@ -597,6 +597,9 @@ func (s *processService) StreamInput(ctx context.Context, stream *connect.Client
 				return nil, wireError(connect.CodeFailedPrecondition, "no start event received")
 			}
 			err = p.write(ctx, event.Data.GetInput())
+			if stdin := event.Data.GetInput().GetStdin(); cap(stdin) > 0 {
+				inputBuffers.Put(&stdin)
+			}
 		case *pb.StreamInputRequest_Keepalive:
 		default:
 			err = wireError(connect.CodeInvalidArgument, "invalid event type <nil>")

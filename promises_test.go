@@ -89,7 +89,8 @@ func TestExitStatusAfterTheStreamWasDropped(t *testing.T) {
 	d.waitEnded(t, s.pid)
 	for i, selector := range []*pb.ProcessSelector{byPid(s.pid), byPid(s.pid), byTag("tagged")} {
 		r := d.connect(t, selector, withOutputFrom("all")).collect()
-		if r.pid != s.pid || string(r.stdout) != "early\nlate\n" || string(r.stderr) != "err\n" || r.ends != 1 || r.err != nil {
+		if r.pid != s.pid || string(r.stdout) != "early\nlate\n" || string(r.stderr) != "err\n" || r.ends != 1 ||
+			r.err != nil {
 			t.Errorf("Connect number %d: pid %d, stdout %q, stderr %q, %d ends, %v", i, r.pid, r.stdout, r.stderr, r.ends, r.err)
 		}
 		wantEnd(t, r.end, 7, true, "exit status 7")
@@ -100,7 +101,8 @@ func TestExitStatusAfterTheStreamWasDropped(t *testing.T) {
 func TestEndWithoutExtensions(t *testing.T) {
 	t.Parallel()
 	d := startDaemon(t)
-	for _, options := range [][]callOption{nil, {withHeader("Envd-Extensions", "0")}, {withHeader("Envd-Extensions", "")}} {
+	no, empty := withHeader("Envd-Extensions", "0"), withHeader("Envd-Extensions", "")
+	for _, options := range [][]callOption{nil, {no}, {empty}} {
 		r := d.run(t, sh("sleep 1000 & kill -9 $$"), options...)
 		end := r.end
 		if end.Signal != 0 || end.OomKilled || end.CpuUserUs != 0 || end.CpuSystemUs != 0 || end.MaxRssBytes != 0 ||
@@ -260,10 +262,10 @@ wait
 `
 
 // startTree starts the tree and answers its pids by name.
-func startTree(t *testing.T, d *daemon, script string, names int, options ...callOption) (*clientStream, map[string]int) {
+func startTree(t *testing.T, d *daemon, script string, names int, options ...callOption) (s *clientStream,
+	tree map[string]int) {
 	t.Helper()
-	s := d.start(t, sh(script), options...)
-	tree := map[string]int{}
+	s, tree = d.start(t, sh(script), options...), map[string]int{}
 	s.read(t, "the pids of the tree", func(r *runResult) bool {
 		if !bytes.HasSuffix(r.stdout, []byte("\n")) {
 			return false
@@ -395,7 +397,8 @@ func TestSignalAfterTheLeaderIsGone(t *testing.T) {
 		d := startDaemonNoCgroups(t)
 		s, tree := startTree(t, d, "sleep 1000 & echo plain $!", 1)
 		wantEnd(t, s.collect().end, 0, true, "exit status 0")
-		if err := d.signal(t, byPid(s.pid), pb.Signal_SIGNAL_SIGKILL); err == nil || connect.CodeOf(err) != connect.CodeNotFound {
+		err := d.signal(t, byPid(s.pid), pb.Signal_SIGNAL_SIGKILL)
+		if err == nil || connect.CodeOf(err) != connect.CodeNotFound {
 			t.Errorf("a signal to a leader that is gone: %v, want not_found", err)
 		}
 		if len(survivors(tree)) != 1 {
@@ -443,7 +446,8 @@ func TestCommandReturnsWhenItEnds(t *testing.T) {
 	}
 
 	// What the background process writes later goes on into the log; whoever connects then sees it.
-	if got := d.connect(t, byPid(r.pid), withOutputFrom("all")).collect(); string(got.stdout) != "started\n" || got.ends != 1 {
+	got := d.connect(t, byPid(r.pid), withOutputFrom("all")).collect()
+	if string(got.stdout) != "started\n" || got.ends != 1 {
 		t.Errorf("at first: %q, %d ends", got.stdout, got.ends)
 	}
 	if err := os.WriteFile(fifo, []byte("\n"), 0); err != nil {
@@ -471,27 +475,30 @@ func TestEndGrace(t *testing.T) {
 		{nil, "while :; do echo x; sleep 0.05; done & sleep 0.1; echo done", 2 * time.Second, 3 * time.Second},
 		{[]string{"--end-grace", "500ms"}, "while :; do echo x; sleep 0.05; done & sleep 0.1; echo done",
 			500 * time.Millisecond, 1300 * time.Millisecond},
-		{[]string{"--end-grace", "500ms"}, "yes & sleep 0.1; echo done", 500 * time.Millisecond, 4 * time.Second},
+		{[]string{"--end-grace", "500ms"}, "yes & sleep 0.1; echo done", 500 * time.Millisecond, 2 * time.Second},
 		{[]string{"--end-silence", "1s"}, "sleep 1000 & echo done", time.Second, 1800 * time.Millisecond},
 		{nil, "sleep 1000 & echo done", 250 * time.Millisecond, time.Second},
 	} {
 		t.Run(fmt.Sprint(test.args, " ", test.script), func(t *testing.T) {
 			t.Parallel()
 			d := startDaemon(t, test.args...)
-			start := time.Now()
-			r := d.run(t, sh(test.script), withExtensions())
-			took := time.Since(start)
-			wantEnd(t, r.end, 0, true, "exit status 0")
-			if raceEnabled() {
-				test.most *= 3
-			}
-			if took < test.least || took > test.most {
-				t.Errorf("`end` came after %v, want %v to %v", took, test.least, test.most)
-			}
-			if !bytes.Contains(r.stdout, []byte("done\n")) || !r.end.GetOutputOpen() {
-				t.Errorf("output_open %v, %d bytes of output", r.end.GetOutputOpen(), len(r.stdout))
-			}
-			d.kill(t, r.pid)
+			timely(t, func() error {
+				start := time.Now()
+				r := d.run(t, sh(test.script), withExtensions())
+				took := time.Since(start)
+				wantEnd(t, r.end, 0, true, "exit status 0")
+				if !bytes.Contains(r.stdout, []byte("done\n")) || !r.end.GetOutputOpen() {
+					t.Errorf("output_open %v, %d bytes of output", r.end.GetOutputOpen(), len(r.stdout))
+				}
+				d.kill(t, r.pid)
+				if took < test.least {
+					t.Errorf("`end` came after %v, want at least %v", took, test.least)
+				}
+				if took > test.most {
+					return fmt.Errorf("`end` came after %v, want at most %v", took, test.most)
+				}
+				return nil
+			})
 		})
 	}
 }
@@ -633,7 +640,8 @@ func TestDeadlineOfConnect(t *testing.T) {
 	s := d.start(t, sh("read x; exit 4"))
 	start := time.Now()
 	r := d.connect(t, byPid(s.pid), withTimeoutMs(500)).collect()
-	if took := time.Since(start); connect.CodeOf(r.err) != connect.CodeDeadlineExceeded || took < 400*time.Millisecond || took > 1500*time.Millisecond {
+	took := time.Since(start)
+	if connect.CodeOf(r.err) != connect.CodeDeadlineExceeded || took < 400*time.Millisecond || took > 2*time.Second {
 		t.Errorf("Connect with a deadline of 500 ms: %v after %v", r.err, took)
 	}
 	d.sendLine(t, s.pid)
@@ -675,7 +683,7 @@ func TestKeepaliveTimes(t *testing.T) {
 	s := d.start(t, argv("/bin/sleep", "3.5"), withKeepalive(1))
 	last := time.Now()
 	for event := s.next(); event.GetKeepalive() != nil; event = s.next() {
-		if passed := time.Since(last); passed < 900*time.Millisecond || passed > 1300*time.Millisecond {
+		if passed := time.Since(last); passed < 900*time.Millisecond || passed > 1900*time.Millisecond {
 			t.Errorf("a keep-alive after %v, want 1 s", passed)
 		}
 		last = time.Now()
@@ -731,7 +739,7 @@ func TestFiveHundredStreams(t *testing.T) {
 		open = append(open, d.start(t, argv("/bin/sleep", "3"), withStdin(false)))
 	}
 	rss := d.rss()
-	t.Logf("RSS %.1f MiB, peak %.1f MiB, %d threads with %d streams", float64(rss)/(1<<20), float64(d.peakRSS())/(1<<20), d.threads(), streams)
+	t.Logf("RSS %.1f MiB, %d threads with %d streams", float64(rss)/(1<<20), d.threads(), streams)
 	if n := len(d.list(t)); n > streams {
 		t.Errorf("%d processes listed", n)
 	}
@@ -763,7 +771,8 @@ func (d *daemon) ownDescriptors() []string {
 // descriptorsReturn waits until there are no more than before, when the daemon had done nothing yet.
 func (d *daemon) descriptorsReturn(t *testing.T, before []string) {
 	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); len(d.ownDescriptors()) > len(before); time.Sleep(10 * time.Millisecond) {
+	deadline := time.Now().Add(5 * time.Second)
+	for ; len(d.ownDescriptors()) > len(before); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Errorf("open are\n%q, before\n%q", d.ownDescriptors(), before)
 			return
@@ -804,8 +813,8 @@ func TestTwoThousandCommands(t *testing.T) {
 	threads := d.threads()
 	start := time.Now()
 	run(2000)
-	t.Logf("2,000 commands in %v, 16 at a time; %d threads, RSS %.1f MiB, %d descriptors, %d leaves", time.Since(start).Round(time.Millisecond),
-		d.threads(), float64(d.rss())/(1<<20), len(d.fds()), d.leaves())
+	t.Logf("2,000 commands in %v, 16 at a time; %d threads, RSS %.1f MiB, %d descriptors, %d leaves",
+		time.Since(start).Round(time.Millisecond), d.threads(), float64(d.rss())/(1<<20), len(d.fds()), d.leaves())
 	waitFor(t, 5*time.Second, "no process listed, no zombie, no child", func() bool {
 		return len(d.list(t)) == 0 && len(d.zombies()) == 0 && len(descendantsOf(d.pid)) == 0
 	})
@@ -882,7 +891,8 @@ func TestDroppedStreamsLeaveNothing(t *testing.T) {
 	var wait sync.WaitGroup
 	for i := range 100 {
 		wait.Go(func() {
-			client, closeAll := wire{protocol: []string{"connect", "grpc", "grpcweb", "json"}[i%4]}.client(d, int64(1000+i*3000), resetConn)
+			w := wire{protocol: []string{"connect", "grpc", "grpcweb", "json"}[i%4]}
+			client, closeAll := w.client(d, int64(1000+i*3000), resetConn)
 			defer closeAll()
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 			defer cancel()

@@ -1,4 +1,4 @@
-// What is promised of the source and of the binary made from it, apart from what it does: imports, size, form, the way it is
+// What is promised of the source and of the binary made from it, apart from what it does: imports, size, form, how it is
 // built, the targets of the Makefile.
 
 package main_test

@@ -6,7 +6,7 @@
 // it is as fast) is made as a system call that blocks: the runtime takes the P away (entersyscall). The child shares the
 // daemon's memory until it execs, so it must not run Go code: vfork_$GOARCH.s makes the system calls of a list prepared
 // beforehand, in registers alone, and notes each result where the daemon finds it. What hangs costs one thread;
-// launchesInFlight bounds them.
+// launchesHung bounds them.
 //
 // What the shared memory does not lend: a child that has changed its uid cannot be traced by that uid before exec, since
 // changing credentials makes the memory undumpable (ptrace(2), "ptrace access mode checking"; fs.suid_dumpable must be 0
@@ -24,6 +24,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -57,8 +58,10 @@ const (
 	noMoreSteps = ^uintptr(0)
 	notReached  = 1 << 32 // a result that no step has
 
-	launchesInFlight = 256
-	childNofile      = 1024 // soft limit of open files that programs expect; the Go runtime has raised the daemon's own
+	launchSlots  = 16                     // starts at once
+	launchHangs  = 100 * time.Millisecond // from then on a start hangs and needs no slot
+	launchesHung = 256                    // so many may hang without one
+	childNofile  = 1024                   // soft limit of open files that programs expect; the Go runtime has raised the daemon's own
 )
 
 // steps lists system calls and keeps alive what they point to.
@@ -149,7 +152,7 @@ func (e *launchError) Error() string { return e.stage + ": " + e.errno.Error() }
 func (e *launchError) Unwrap() error { return e.errno }
 
 var (
-	errTooManyLaunches = errors.New("too many processes are being started and hang in the kernel")
+	errTooManyLaunches = errors.New("too many starts hang in the kernel")
 	errLaunchTimeout   = errors.New("the command was not executed in time")
 )
 
@@ -157,7 +160,8 @@ type spawner struct {
 	launchTimeout time.Duration
 	poller        *poller
 	cgroups       *cgroups
-	inFlight      chan struct{}
+	slots         chan struct{} // holds a value for each start that does not hang
+	hung          atomic.Int32
 
 	mu       sync.Mutex // protects what follows and every child's reaped: registration, delivery and kill exclude each other
 	children map[int]*child
@@ -165,7 +169,7 @@ type spawner struct {
 }
 
 func newSpawner(launchTimeout time.Duration, p *poller) *spawner {
-	return &spawner{launchTimeout: launchTimeout, poller: p, inFlight: make(chan struct{}, launchesInFlight),
+	return &spawner{launchTimeout: launchTimeout, poller: p, slots: make(chan struct{}, launchSlots),
 		children: map[int]*child{}, launches: map[*launch]struct{}{}}
 }
 
@@ -263,11 +267,19 @@ func (s *spawner) reapAny() bool {
 // its stderr, and it has exited with 126 or 127, as a shell would have it. A launch that hangs is given up, and its child
 // killed, when ctx ends or after launchTimeout.
 func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
+	timer := time.NewTimer(s.launchTimeout)
+	defer timer.Stop()
+	var err error
 	select {
-	case s.inFlight <- struct{}{}:
-	default:
+	case s.slots <- struct{}{}:
+	case <-ctx.Done():
+		err = ctx.Err()
+	case <-timer.C:
+		err = errTooManyLaunches
+	}
+	if err != nil {
 		spec.closeFds()
-		return nil, errTooManyLaunches
+		return nil, err
 	}
 	group := "user"
 	if spec.terminal {
@@ -280,17 +292,23 @@ func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
 	}
 	l, launched := &launch{spec: spec}, make(chan result, 1)
 	go func() {
+		giveSlot := sync.OnceFunc(func() { <-s.slots })
+		hangs := time.AfterFunc(launchHangs, func() {
+			if s.hung.Add(1) <= launchesHung {
+				giveSlot()
+			}
+		})
 		c, err := s.launch(l)
 		spec.closeFds()
 		if err != nil {
 			s.cgroups.release(spec.leaf)
 		}
-		<-s.inFlight
+		if !hangs.Stop() {
+			s.hung.Add(-1)
+		}
+		giveSlot()
 		launched <- result{c, err}
 	}()
-	timer := time.NewTimer(s.launchTimeout)
-	defer timer.Stop()
-	var err error
 	select {
 	case r := <-launched:
 		return r.c, r.err
@@ -420,10 +438,10 @@ func isText(dir, path string) bool {
 func childSteps(spec *spawnSpec, paths, argv []string) *steps {
 	s := &steps{list: make([]step, 0, 96), keep: []any{spec}}
 	ptr := func(p unsafe.Pointer) uintptr { return uintptr(p) }
-	// Default dispositions first: until then no signal may be delivered, since the handlers are the daemon's. Ignored ones too:
-	// exec keeps them, and the daemon may run under nohup.
+	// Default dispositions first. clone3 has reset what the daemon handles; what it was started with as ignored, under nohup
+	// say, exec would keep.
 	for sig := uintptr(1); sig <= 64; sig++ {
-		if sig != uintptr(syscall.SIGKILL) && sig != uintptr(syscall.SIGSTOP) {
+		if clone3Flags == 0 || ignoredAtStart>>(sig-1)&1 == 1 {
 			s.add(mayFail, unix.SYS_RT_SIGACTION, sig, ptr(unsafe.Pointer(&defaultHow)), 0, 8)
 		}
 	}
@@ -476,13 +494,39 @@ func candidates(cmd string, env []string) (paths []string) {
 	return paths
 }
 
+// cloneArgs is struct clone_args of clone(2).
+type cloneArgs struct {
+	flags, pidfd, childTID, parentTID, exitSignal, stack, stackSize, tls, setTID, setTIDSize, cgroup uint64
+}
+
+// clone3Flags is CLONE_CLEAR_SIGHAND (5.5), or 0 where clone3 lacks that or CLONE_INTO_CGROUP (5.7). A kernel that knows the
+// latter finds that there is no such descriptor.
+var clone3Flags = func() uint64 {
+	args := cloneArgs{flags: unix.CLONE_INTO_CGROUP, exitSignal: uint64(unix.SIGCHLD), cgroup: 1<<31 - 1}
+	_, _, errno := syscall.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&args)), unsafe.Sizeof(args), 0)
+	if errno != syscall.EBADF {
+		return 0
+	}
+	return unix.CLONE_CLEAR_SIGHAND
+}()
+
+// ignoredAtStart has bit N-1 set if signal N was ignored when the daemon was started (proc_pid_status(5), SigIgn).
+var ignoredAtStart = func() uint64 {
+	status, _ := os.ReadFile("/proc/self/status")
+	_, mask, _ := strings.Cut(string(status), "SigIgn:\t")
+	ignored, _ := strconv.ParseUint(mask[:min(16, len(mask))], 16, 64)
+	return ignored
+}()
+
 // runSteps forks a child that runs the steps and returns when it has exec'ed or exited.
 func runSteps(s *steps, leaf *cgroupLeaf, pidSlot *int32) (pid int, errno syscall.Errno) {
 	const flags = unix.CLONE_VM | unix.CLONE_VFORK | unix.CLONE_PARENT_SETTID
 	nr, a0, a1, a2 := uintptr(unix.SYS_CLONE), uintptr(flags|unix.SIGCHLD), uintptr(0), uintptr(unsafe.Pointer(pidSlot))
-	args := &cloneArgs{flags: flags | unix.CLONE_INTO_CGROUP, parentTID: uint64(a2), exitSignal: uint64(unix.SIGCHLD)}
+	args := &cloneArgs{flags: flags | clone3Flags, parentTID: uint64(a2), exitSignal: uint64(unix.SIGCHLD)}
 	if leaf != nil {
-		args.cgroup = uint64(leaf.dir.fd)
+		args.flags, args.cgroup = args.flags|unix.CLONE_INTO_CGROUP, uint64(leaf.dir.fd)
+	}
+	if clone3Flags != 0 {
 		nr, a0, a1 = unix.SYS_CLONE3, uintptr(unsafe.Pointer(args)), unsafe.Sizeof(*args)
 	}
 	r := vfork(nr, a0, a1, a2, &s.list[0])
@@ -498,6 +542,9 @@ func runSteps(s *steps, leaf *cgroupLeaf, pidSlot *int32) (pid int, errno syscal
 // canUse tells whether children survive being cloned into the leaf. On Linux 6.18 they do not if the daemon's own cgroup was
 // ever killed (cgroupDir.renew says why).
 func (s *spawner) canUse(leaf *cgroupLeaf) bool {
+	if leaf == nil || clone3Flags == 0 {
+		return false
+	}
 	c := &child{exited: make(chan struct{})}
 	_, errno := runSteps(&steps{list: []step{{nr: noMoreSteps}}}, leaf, &c.pidSlot)
 	if errno == 0 {

@@ -616,7 +616,8 @@ func measureBurst(ctx context.Context, b *bench, add add) (err error) {
 		threads, err = d.status("Threads")
 		return float64(n), threads, err
 	}
-	if _, err := inParallel(clients, 10*clients, one); err != nil {
+	// A burst beforehand, as large: what the daemon keeps for the next ones, it has then.
+	if _, err := inParallel(clients, b.burst, one); err != nil {
 		return err
 	}
 	fds, threads, err := count()

@@ -185,13 +185,13 @@ func printTable(w io.Writer, rows []*row) {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(tw, "figure\tours\tbaseline\tratio\ttarget\tmet\tbare handler")
 	for _, r := range rows {
-		if r.err != nil {
-			fmt.Fprintf(tw, "%s\tnot measured\t-\t-\t%s\tNO\t-\n", r.name, r.target.format(r.unit))
-			continue
-		}
 		met := "-"
 		if r.target.Of != "" {
 			met = map[bool]string{true: "yes", false: "NO"}[r.met()]
+		}
+		if r.err != nil {
+			fmt.Fprintf(tw, "%s\tnot measured\t-\t-\t%s\t%s\t-\n", r.name, r.target.format(r.unit), met)
+			continue
 		}
 		bare := summarise(r.bare)
 		bareText := bare.format(r.unit)

@@ -1,7 +1,7 @@
 // Protogen writes the generated Go of every .proto file in a directory: what `make proto` runs.
 //
-// The parser and the two generators are requirements of tools/go.mod, so their versions are pinned there and nothing has
-// to be installed.
+// The parser and the two generators are requirements of tools/go.mod: their versions are pinned there and nothing has to
+// be installed.
 package main
 
 import (

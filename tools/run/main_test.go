@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -60,21 +61,19 @@ func TestPortTaken(t *testing.T) {
 	}
 	defer listener.Close()
 	port := listener.Addr().(*net.TCPAddr).Port
-	if err := run(t.Context(), "/bin/true", port, true); err == nil || !strings.Contains(err.Error(), "address already in use") {
-		t.Errorf("got %v", err)
-	}
+	wantError(t, run(t.Context(), "/bin/true", port, true), "address already in use")
 }
 
 // TestDaemonEnds: a daemon that does not stay is an error at once.
 func TestDaemonEnds(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	port := listener.Addr().(*net.TCPAddr).Port
-	listener.Close()
-	if err := run(t.Context(), "/bin/false", port, true); err == nil || !strings.Contains(err.Error(), "the daemon ended: exit status 1") {
-		t.Errorf("got %v", err)
+	port, _ := strconv.Atoi(freePort(t))
+	wantError(t, run(t.Context(), "/bin/false", port, true), "the daemon ended: exit status 1")
+}
+
+func wantError(t *testing.T, err error, want string) {
+	t.Helper()
+	if err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("error %v, want %q", err, want)
 	}
 }
 

@@ -235,8 +235,8 @@ func (r *report) print(w io.Writer, ci bool, allowed map[string]string) bool {
 	return ok
 }
 
-// failureOutput returns what a failed test, the tests around it and, if it did not finish, its package printed: each once
-// in a report.
+// failureOutput returns what a failed test, the tests around it and, if it did not finish, its package printed. A report
+// shows the output of each once.
 func (r *report) failureOutput(it *item) (lines []string) {
 	sources := []*item{it}
 	for name := it.test; strings.Contains(name, "/"); {
@@ -283,7 +283,7 @@ func (it *item) skipReason() string {
 	return strings.Join(reason, " ")
 }
 
-// readAllowed reads the tests that may be skipped in CI: on each line a name (PACKAGE.TEST) and the reason; # is a comment.
+// readAllowed reads the tests that may be skipped in CI: a line holds a name (PACKAGE.TEST) and the reason; # is a comment.
 func readAllowed(in io.Reader) (map[string]string, error) {
 	allowed := map[string]string{}
 	lines := bufio.NewScanner(in)

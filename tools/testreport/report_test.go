@@ -37,7 +37,8 @@ func TestReport(t *testing.T) {
 		{name: "green", ok: true, summary: "2 passed, 0 failed, 0 skipped",
 			events: events("run TestA\npass TestA\nrun TestB\npass TestB\npass -")},
 		{name: "leaves count", ok: true, summary: "2 passed, 0 failed, 0 skipped",
-			events: events("run TestA\nrun TestA/x\nrun TestA/y/z\npass TestA/y/z\npass TestA/y\npass TestA/x\npass TestA\npass -")},
+			events: events("run TestA\nrun TestA/x\nrun TestA/y/z\npass TestA/y/z\npass TestA/y\npass TestA/x\n" +
+				"pass TestA\npass -")},
 		{name: "a failure with its output and its parent's", summary: "1 passed, 1 failed, 0 skipped",
 			events: events("run TestA\noutput TestA     a_test.go:1: above\nrun TestA/x\noutput TestA/x === RUN   TestA/x\n" +
 				"output TestA/x     a_test.go:2: broken\noutput TestA/x     --- FAIL: TestA/x (0.00s)\nfail TestA/x\n" +
@@ -55,9 +56,11 @@ func TestReport(t *testing.T) {
 				"output TestB         no /dev/fuse\noutput TestB --- SKIP: TestB (0.00s)\nskip TestB\npass -"),
 			says: []string{"Skipped:\n  p.TestB: needs fuse: no /dev/fuse\n\n"}},
 		{name: "a skip without a reason", ok: true, summary: "0 passed, 0 failed, 1 skipped",
-			events: events("output TestB --- SKIP: TestB (0.00s)\nskip TestB\npass -"), says: []string{"p.TestB: no reason given\n"}},
+			events: events("output TestB --- SKIP: TestB (0.00s)\nskip TestB\npass -"),
+			says:   []string{"p.TestB: no reason given\n"}},
 		{name: "a skip in CI", ci: true, summary: "1 passed, 0 failed, 1 skipped",
-			events: events("pass TestA\nskip TestB/x\npass TestB\npass -"), says: []string{"p.TestB/x: no reason given (NOT ALLOWED"}},
+			events: events("pass TestA\nskip TestB/x\npass TestB\npass -"),
+			says:   []string{"p.TestB/x: no reason given (NOT ALLOWED"}},
 		{name: "an allowed skip in CI", ci: true, allowed: map[string]string{"p.TestB/x": "only arm64"}, ok: true,
 			summary: "1 passed, 0 failed, 1 skipped",
 			events:  events("pass TestA\nskip TestB/x\npass TestB\npass -"), says: []string{"(allowed: only arm64)\n"}},
