@@ -270,11 +270,11 @@ var gzipWriters = sync.Pool{New: func() any {
 	return w
 }}
 
-var copyBuffers = sync.Pool{New: func() any { return new([128 << 10]byte) }}
+var copyBuffers = sync.Pool{New: func() any { return new([256 << 10]byte) }}
 
 // copyAll copies with a large buffer and nothing clever.
 func copyAll(dst io.Writer, src io.Reader) (int64, error) {
-	buf := copyBuffers.Get().(*[128 << 10]byte)
+	buf := copyBuffers.Get().(*[256 << 10]byte)
 	defer copyBuffers.Put(buf)
 	return io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, buf[:])
 }
@@ -592,7 +592,7 @@ func (r *replacement) inPlace(content io.Reader, n int64) error {
 	}
 	if err == nil {
 		undo = func() {} // from here on the old content is gone
-		if _, err = copyAll(fdWriter(fd), content); err == nil && n < size {
+		if _, err = io.Copy(fdWriter(fd), content); err == nil && n < size {
 			err = unix.Ftruncate(fd, n)
 		}
 		if err != nil {

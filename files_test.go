@@ -945,12 +945,11 @@ line'; touch -d 2003-03-03 d2/e2 d2; chmod 500 d5`)
 	if got.status != 200 || got.header.Get("Content-Type") != "application/x-tar" {
 		t.Fatalf("%d %s", got.status, got.body)
 	}
-	d.resetPeakRSS()
 	up := d.request(t, "POST", filesPath("path", to, "username", "root"), got.body, "Content-Type", "application/x-tar")
 	if up.status != 200 {
 		t.Fatalf("%d %s", up.status, up.body)
 	}
-	t.Logf("%d MiB, peak RSS while unpacking %d MiB", len(got.body)>>20, d.peakRSS()>>20)
+	t.Logf("%d MiB, peak RSS %d MiB", len(got.body)>>20, d.peakRSS()>>20)
 	var answer []written
 	if err := json.Unmarshal([]byte(up.body), &answer); err != nil || len(answer) != min(files, 40)+5 {
 		t.Errorf("%d top-level entries, %v", len(answer), err)

@@ -27,10 +27,10 @@ type unknownUserError string
 func (e unknownUserError) Error() string { return "user: unknown user " + string(e) }
 
 type userDB struct {
-	mu            sync.Mutex // protects what follows
-	passwd, group fileIdentity
-	accounts      map[string]account
-	userNames     map[uint32]string
+	mu                    sync.Mutex // protects what follows
+	passwd, group         fileIdentity
+	accounts              map[string]account
+	userNames, groupNames map[uint32]string
 }
 
 type fileIdentity struct {
@@ -57,15 +57,26 @@ func (db *userDB) lookup(name string) (account, error) {
 	return account{}, unknownUserError(name)
 }
 
-// userName gives the number itself for an id without a name.
+// userName and groupName give the number itself for an id without a name.
 func (db *userDB) userName(uid uint32) string {
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	db.refreshLocked()
-	if name, ok := db.userNames[uid]; ok {
+	return nameOrNumber(db.userNames, uid)
+}
+
+func (db *userDB) groupName(gid uint32) string {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	db.refreshLocked()
+	return nameOrNumber(db.groupNames, gid)
+}
+
+func nameOrNumber(names map[uint32]string, id uint32) string {
+	if name, ok := names[id]; ok {
 		return name
 	}
-	return strconv.FormatUint(uint64(uid), 10)
+	return strconv.FormatUint(uint64(id), 10)
 }
 
 func (db *userDB) refreshLocked() {
@@ -74,11 +85,13 @@ func (db *userDB) refreshLocked() {
 		return
 	}
 	db.passwd, db.group = passwd, group
-	db.accounts, db.userNames = map[string]account{}, map[uint32]string{}
+	db.accounts, db.userNames, db.groupNames = map[string]account{}, map[uint32]string{}, map[uint32]string{}
 	members := map[string][]uint32{}
 	readDatabase("/etc/group", 4, func(f []string) {
+		gid := number(f[2])
+		db.groupNames[gid] = f[0]
 		for member := range strings.SplitSeq(f[3], ",") {
-			members[member] = append(members[member], number(f[2]))
+			members[member] = append(members[member], gid)
 		}
 	})
 	readDatabase("/etc/passwd", 7, func(f []string) {
