@@ -600,6 +600,7 @@ func runSteps(s *steps, leaf *cgroupLeaf, pidSlot *int32) (pid int, errno syscal
 	if r > ^uintptr(4095) {
 		return 0, syscall.Errno(-r)
 	}
+	atomic.StoreInt32(pidSlot, int32(r)) // where vfork is emulated by fork, as in qemu-user, nobody else has
 	return int(r), 0
 }
 
