@@ -488,9 +488,11 @@ func isText(dir, path string) bool {
 	if !filepath.IsAbs(path) {
 		path = filepath.Join(dir, path)
 	}
-	fd, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
+	// No link leads the daemon, which may be root, to a device in place of the file.
+	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{
+		Flags: unix.O_RDONLY | unix.O_NONBLOCK | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS})
 	if err != nil {
-		return true // readable by its user only: let the shell find out
+		return true // let the shell find out
 	}
 	defer syscall.Close(fd)
 	head := make([]byte, 256)
