@@ -27,7 +27,7 @@ func pipe(user account) (read, write int, err error) {
 	return fds[0], fds[1], nil
 }
 
-// outputPipe is one of a process's output streams. Only the poller's goroutine reads it.
+// outputPipe is one of a process's output streams. The poller's goroutine reads it, and, at full speed, a subscriber's.
 type outputPipe struct {
 	kind   outputKind
 	log    *outputLog

@@ -145,7 +145,7 @@ func outputFrom(value string) (int64, error) {
 
 // follower sends a process to one client: start, output, end. Its goroutine is the only one that writes to the stream.
 type follower struct {
-	*processService
+	service *processService
 	ctx     context.Context
 	p       *process
 	sub     *subscriber
@@ -161,7 +161,7 @@ func (f *follower) run(response http.Header, lost int64, send func(*pb.ProcessEv
 	if err := send(&pb.ProcessEvent{Event: &pb.ProcessEvent_Start{Start: start}}); err != nil {
 		return err
 	}
-	interval := keepAliveInterval(f.request, f.keepAlive)
+	interval := keepAliveInterval(f.request, f.service.keepAlive)
 	keepAlive := time.NewTimer(interval)
 	defer keepAlive.Stop()
 	ctxDone := f.ctx.Done()
@@ -201,7 +201,7 @@ func (f *follower) run(response http.Header, lost int64, send func(*pb.ProcessEv
 			ctxDone, lastWords = nil, time.After(time.Second)
 		case <-lastWords:
 			return context.DeadlineExceeded
-		case <-f.stopping:
+		case <-f.service.stopping:
 			return wireError(connect.CodeUnavailable, "envd is stopping")
 		}
 	}
@@ -341,7 +341,7 @@ func startError(req *pb.StartRequest, dir string, err error) error {
 		code = connect.CodeResourceExhausted
 	case errors.As(err, &launch) && launch.stage == "chdir":
 		if launch.errno == syscall.ENOENT {
-			return connect.NewError(code, fmt.Errorf("cwd '%s' does not exist", dir))
+			return wireError(code, "cwd '%s' does not exist", dir)
 		}
 		err = &os.PathError{Op: "chdir", Path: dir, Err: launch.errno}
 	case launch != nil:
@@ -349,10 +349,10 @@ func startError(req *pb.StartRequest, dir string, err error) error {
 	}
 	command := strings.Join(append([]string{req.GetProcess().GetCmd()}, req.GetProcess().GetArgs()...), " ")
 	if req.Pty != nil {
-		return connect.NewError(code, fmt.Errorf("error starting pty with command '%s' in dir '%s' with '%d' cols and '%d' rows: %w",
-			command, dir, req.Pty.GetSize().GetCols(), req.Pty.GetSize().GetRows(), err))
+		return wireError(code, "error starting pty with command '%s' in dir '%s' with '%d' cols and '%d' rows: %w",
+			command, dir, req.Pty.GetSize().GetCols(), req.Pty.GetSize().GetRows(), err)
 	}
-	return connect.NewError(code, fmt.Errorf("error starting process '%s': %w", command, err))
+	return wireError(code, "error starting process '%s': %w", command, err)
 }
 
 // isExhausted tells a lack of descriptors, memory or processes from other errors.
@@ -448,8 +448,10 @@ func (s *processService) exited(p *process) {
 	}
 	p.config = nil // may be large
 	s.count--
-	s.ended = append(s.ended, p)
-	s.dropEndedLocked(func(o *process) bool { return len(s.ended) > s.retainCount && o == s.ended[0] })
+	if s.ended = append(s.ended, p); len(s.ended) > s.retainCount {
+		s.ended[0].log.forget()
+		s.ended = slices.Delete(s.ended, 0, 1)
+	}
 	s.mu.Unlock()
 	if p.input != nil {
 		p.input.close()

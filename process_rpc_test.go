@@ -1649,7 +1649,6 @@ func TestLeavesNothingBehind(t *testing.T) {
 			t.Fatalf("descriptors:\nbefore %q\nafter  %q", before, used())
 		}
 	}
-	if zombies := d.zombies(); len(zombies) != 0 {
-		t.Errorf("zombies: %v", zombies)
-	}
+	// The child of a start that was given up may die after its client has its answer.
+	waitFor(t, 5*time.Second, "no zombie", func() bool { return len(d.zombies()) == 0 })
 }

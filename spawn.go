@@ -9,8 +9,8 @@
 // launchesHung bounds them.
 //
 // What the shared memory does not lend: a child that has changed its uid cannot be traced by that uid before exec, since
-// changing credentials makes the memory undumpable (ptrace(2), "ptrace access mode checking"; fs.suid_dumpable must be 0
-// or 2, as it is by default).
+// changing credentials makes the memory undumpable (ptrace(2), "ptrace access mode checking"; not with fs.suid_dumpable at
+// 1, which is for debugging, and SECURITY.md has a word on 2).
 //
 // Kernel: 4.14; pidfd_open since 5.3, cgroup leaves as cgroup.go says.
 
