@@ -14,11 +14,6 @@ import (
 	"time"
 )
 
-func TestMain(m *testing.M) {
-	serveBareIfAsked()
-	os.Exit(m.Run())
-}
-
 func TestPercentile(t *testing.T) {
 	samples := []float64{5, 1, 4, 2, 3}
 	for p, want := range map[float64]float64{0: 1, 25: 2, 50: 3, 90: 4.6, 100: 5} {
@@ -51,6 +46,13 @@ func TestRatio(t *testing.T) {
 	if o := summarise(r.ours); o.Median != 15 || o.Min != 1.5 || o.Max != 15 {
 		t.Errorf("ours %+v", o)
 	}
+	r = &row{rowSpec: rowSpec{"x", perSecond, atMost(8)}}
+	for _, ours := range []float64{8, 7.9, 9} {
+		r.add(ours, 0, none)
+	}
+	if s := summarise(r.ratios); s.Samples != nil || !r.met() {
+		t.Errorf("against a baseline of nothing: %+v, met %v", s, r.met())
+	}
 	if bare := summarise(r.bare); !math.IsNaN(bare.Median) {
 		t.Errorf("a bare handler that was not measured: %+v", bare)
 	}
@@ -73,6 +75,8 @@ func TestTargets(t *testing.T) {
 		{ratioAtLeast(0.5), []float64{5}, []float64{none}, false},
 		{under(32), []float64{31, 90, 31}, []float64{none, none, none}, true},
 		{under(32), []float64{32}, []float64{none}, false},
+		{never(50), []float64{1, 50, 1}, []float64{none, none, none}, true},
+		{never(50), []float64{1, 51, 1}, []float64{none, none, none}, false}, // the worst
 		{exactly(0), []float64{0, 0, 0}, []float64{none, none, none}, true},
 		{exactly(0), []float64{0, 0, 1}, []float64{none, none, none}, false}, // the worst
 		{exactly(0), []float64{0, -1, 0}, []float64{none, none, none}, false},
@@ -102,6 +106,7 @@ func TestFormat(t *testing.T) {
 		"-":                  summary{Median: none}.format(seconds),
 		"<= 1.9x":            ratioAtMost(1.9).format(seconds),
 		"< 32.0 MiB":         under(32 << 20).format(bytesSize),
+		"always <= 50.00 ms": never(0.05).format(seconds),
 		"0":                  exactly(0).format(count),
 		"512 MiB/s (5-1024)": summary{Median: 512 << 20, Min: 5 << 20, Max: 1 << 30}.format(throughput),
 	} {
@@ -112,13 +117,14 @@ func TestFormat(t *testing.T) {
 }
 
 var testSizes = sizes{runs: 2, execs: 40, parallel: 64, stdout: 8 << 20, json: 4 << 20, stdin: 4 << 20, keys: 60,
-	stalled: 8 << 20, stall: 100 * time.Millisecond, streams: 20, sleep: time.Second, burst: 64, healths: 100,
-	idleBefore: 10 * time.Millisecond}
+	stalled: 8 << 20, stall: 100 * time.Millisecond, burst: 64, boots: 2, healths: 100, small: 400, lists: 2,
+	text: 4 << 20, forward: 16 << 20, streams: 20, load: 200 * time.Millisecond, calm: 10 * time.Millisecond,
+	idleBefore: 10 * time.Millisecond, restBefore: 10 * time.Millisecond, rest: 2200 * time.Millisecond}
 
 // TestRun makes a small run against the real daemon and holds that every row is there with sane values, that all bytes
 // arrived, and that nothing is left behind.
 func TestRun(t *testing.T) {
-	about, rows, err := run(t.Context(), os.Getenv("ENVD_BINARY"), testSizes, regexp.MustCompile(""), t.Output())
+	about, rows, err := run(t.Context(), options{testSizes, "", "", regexp.MustCompile("")}, t.Output())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,7 +137,7 @@ func TestRun(t *testing.T) {
 		byName[r.name] = r
 	}
 	hasBaseline := map[string]bool{"exec": true, "exec-user": true, "rate": true, "json": true, "stdin": true,
-		"echo": true}
+		"echo": true, "poll": true, "boot": true, "idle": true, "health": true, "forward": true}
 	for _, f := range figures {
 		for _, spec := range f.rows {
 			r := byName[spec.name]
@@ -162,6 +168,12 @@ func TestRun(t *testing.T) {
 			}
 		}
 	}
+	for _, name := range []string{"500 streams of sleep, RSS", "/health p99 at full load, against idle",
+		"RSS 5 s after the whole load", "size of the binary", "stdout, raw reader", "raw upload to tmpfs"} {
+		if r := byName[name]; r != nil && !(summarise(r.bare).Min > 0) {
+			t.Errorf("%s: the bare handler has %v", name, r.bare)
+		}
+	}
 	for _, name := range []string{"stalled reader, bytes lost", "burst of true, streams without exactly one end",
 		"burst of true, zombies"} {
 		if r := byName[name]; r != nil && !r.met() {
@@ -181,7 +193,7 @@ func TestRun(t *testing.T) {
 		t.Errorf("%d rows in the JSON, %d in the table", len(back.Rows), len(rows))
 	}
 	for _, r := range back.Rows {
-		if r.Error == "" && (r.Ours == nil || r.Ours.Median != summarise(byName[r.Name].ours).Median) {
+		if r.Error == "" && (r.Ours == nil || r.Text == "" || r.Ours.Median != summarise(byName[r.Name].ours).Median) {
 			t.Errorf("%s: %+v in the JSON", r.Name, r.Ours)
 		}
 	}

@@ -220,29 +220,38 @@ func (c *client) keys(ctx context.Context, to *pb.ProcessSelector) (key func() e
 	return key, func() {}, nil
 }
 
-// keysRaw does what keys does with a request made beforehand and one write and one read on a socket of its own.
+// keysRaw does what keys does with a request made beforehand.
 func (c *client) keysRaw(ctx context.Context, to *pb.ProcessSelector) (key func() error, done func(), err error) {
 	payload, err := proto.Marshal(inputKey(to))
 	if err != nil {
 		return nil, nil, err
 	}
+	return c.repeater(ctx, c.requestText(pb.ProcessSendInputProcedure, "application/proto", payload, 0))
+}
+
+// getter gives a function that gets path, which has a short answer.
+func (c *client) getter(ctx context.Context, path string) (get func() error, done func(), err error) {
+	return c.repeater(ctx, fmt.Appendf(nil, "GET %s HTTP/1.1\r\nHost: bench\r\n\r\n", path))
+}
+
+// repeater gives a function that makes the same request again and again, by one write and one read on a socket of its own.
+func (c *client) repeater(ctx context.Context, request []byte) (repeat func() error, done func(), err error) {
 	conn, err := c.dial(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
-	request := c.requestText(pb.ProcessSendInputProcedure, "application/proto", payload, 0)
 	answer := make([]byte, 4096)
-	key = func() error {
+	repeat = func() error {
 		if _, err := conn.Write(request); err != nil {
 			return err
 		}
-		n, err := conn.Read(answer) // its few header lines and the empty message are one segment
-		if err == nil && !bytes.HasPrefix(answer[:n], []byte("HTTP/1.1 200 ")) {
-			err = fmt.Errorf("SendInput: %q", answer[:n])
+		n, err := conn.Read(answer) // its few header lines and the short message are one segment
+		if err == nil && !bytes.HasPrefix(answer[:n], []byte("HTTP/1.1 2")) {
+			err = fmt.Errorf("%q answered %q", request, answer[:n])
 		}
 		return err
 	}
-	return key, func() { conn.Close() }, nil
+	return repeat, func() { conn.Close() }, nil
 }
 
 // dial opens a connection that breaks when ctx ends.

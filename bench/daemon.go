@@ -7,9 +7,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,20 +21,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// build makes the daemon as `make build` does, flag for flag, but into dir, and returns the path of the binary.
+// build makes the daemon as `make build` does, but into dir.
 func build(ctx context.Context, dir string) (string, error) {
 	commit := "unknown"
-	if out, err := exec.CommandContext(ctx, "git", "-C", "..", "rev-parse", "--short", "HEAD").Output(); err == nil {
+	if out, err := exec.CommandContext(ctx, "git", "-C", "..", "rev-parse", "--short=12", "HEAD").Output(); err == nil {
 		commit = strings.TrimSpace(string(out))
 	}
 	bin := filepath.Join(dir, "envd")
-	cmd := exec.CommandContext(ctx, "go", "build", "-C", "..", "-trimpath", "-buildvcs=false",
-		"-ldflags", "-s -w -X main.commit="+commit, "-o", bin, ".")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	cmd := exec.CommandContext(ctx, "../tools/build", bin)
+	cmd.Env = append(os.Environ(), "COMMIT="+commit)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("building envd: %w\n%s", err, out)
 	}
 	return bin, nil
+}
+
+// buildHelpers makes the programs beside this one, with the flags of any small static binary.
+func buildHelpers(ctx context.Context, dir string) error {
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", dir+"/",
+		"./plain", "./bare", "./probe")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("building what envd is compared with: %w\n%s", err, out)
+	}
+	return nil
 }
 
 // writableCgroup2 returns the mount point of a cgroup v2 hierarchy in which a directory can be made, or "".
@@ -58,9 +68,10 @@ func writableCgroup2() string {
 	return ""
 }
 
-// daemon is a running server process: envd, or the bare handler.
+// daemon is a running server process: envd, the plain server, or the bare handler.
 type daemon struct {
 	cmd    *exec.Cmd
+	addr   string
 	url    string
 	cgroup string        // its --cgroup-root, "" when there is none
 	boot   time.Duration // from exec to the first /health answered
@@ -70,11 +81,12 @@ type daemon struct {
 
 var instances atomic.Int32
 
-// startEnvd runs the binary with its defaults, but for the address, the run directory and the cgroup root.
-func (b *bench) startEnvd(ctx context.Context) (*daemon, error) {
+// startEnvd runs the binary with its defaults, but for the address, the run directory, the cgroup root, and further flags.
+func (b *bench) startEnvd(ctx context.Context, flags ...string) (*daemon, error) {
 	d := &daemon{}
 	n := instances.Add(1)
 	args := []string{"--isnotfc", "--listen", "127.0.0.1", "--run-dir", filepath.Join(b.dir, fmt.Sprintf("run%d", n))}
+	args = append(args, flags...)
 	if b.cgroup2 != "" {
 		d.cgroup = filepath.Join(b.cgroup2, fmt.Sprintf("envd-bench-%d-%d", os.Getpid(), n))
 		if err := os.Mkdir(d.cgroup, 0o755); err != nil {
@@ -85,14 +97,21 @@ func (b *bench) startEnvd(ctx context.Context) (*daemon, error) {
 	return d, d.run(ctx, func(port string) *exec.Cmd { return exec.Command(b.envd, append(args, "--port", port)...) })
 }
 
+// startHelper runs the plain server or the bare handler.
+func (b *bench) startHelper(ctx context.Context, name string) (*daemon, error) {
+	d := &daemon{}
+	return d, d.run(ctx, func(port string) *exec.Cmd { return exec.Command(filepath.Join(b.dir, name), port) })
+}
+
 func (d *daemon) run(ctx context.Context, command func(port string) *exec.Cmd) error {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return err
 	}
-	_, port, _ := net.SplitHostPort(l.Addr().String())
+	d.addr = l.Addr().String()
+	d.url = "http://" + d.addr
 	l.Close()
-	d.url = "http://127.0.0.1:" + port
+	_, port, _ := net.SplitHostPort(d.addr)
 	d.cmd = command(port)
 	d.cmd.Stdout, d.cmd.Stderr = &d.output, &d.output
 	d.exited = make(chan struct{})
@@ -102,29 +121,34 @@ func (d *daemon) run(ctx context.Context, command func(port string) *exec.Cmd) e
 		return err
 	}
 	go func() { d.cmd.Wait(); close(d.exited) }()
-	probe := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 2 * time.Second}
-	for {
-		resp, err := probe.Get(d.url + "/health")
-		if err == nil {
-			resp.Body.Close()
-			if resp.StatusCode/100 == 2 {
-				d.boot = time.Since(start)
-				return nil
-			}
-		}
+	for !d.answers() {
 		select {
 		case <-d.exited:
 			d.removeCgroup()
 			return fmt.Errorf("%s ended at its start:\n%s", d.cmd.Path, d.output.String())
 		case <-ctx.Done():
 			return errors.Join(ctx.Err(), d.stop())
-		case <-time.After(500 * time.Microsecond):
+		case <-time.After(20 * time.Microsecond):
 		}
 		if time.Since(start) > 10*time.Second {
-			err := fmt.Errorf("%s does not answer /health: %v", d.cmd.Path, err)
-			return errors.Join(err, d.stop())
+			return errors.Join(fmt.Errorf("%s does not answer /health", d.cmd.Path), d.stop())
 		}
 	}
+	d.boot = time.Since(start)
+	return nil
+}
+
+func (d *daemon) answers() bool {
+	conn, err := net.Dial("tcp", d.addr)
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(2 * time.Second))
+	io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")
+	var head [10]byte
+	_, err = io.ReadFull(conn, head[:])
+	return err == nil && string(head[:]) == "HTTP/1.1 2"
 }
 
 // stop ends the daemon, what is left of its children in its cgroup, and the cgroup.

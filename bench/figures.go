@@ -5,13 +5,15 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"os/user"
+	"path/filepath"
 	"runtime"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -32,25 +34,36 @@ type sizes struct {
 	keys       int // typed into a terminal; a terminal's line holds 4095
 	stalled    int
 	stall      time.Duration
-	streams    int
-	sleep      time.Duration
 	burst      int
+	boots      int
 	healths    int
+	small      int           // files up and down
+	lists      int           // of a large directory
+	text       int           // bytes compressed
+	forward    int           // each way
 	idleBefore time.Duration // RSS is read
+	streams    int           // at once
+	load       time.Duration // how long /health is asked for in each of four situations
+	calm       time.Duration // after the load
+	restBefore time.Duration // after /init
+	rest       time.Duration
 	patience   time.Duration // with a busy machine
 }
 
 var (
 	fullSizes = sizes{runs: 5, execs: 1000, parallel: 2000, stdout: 512 << 20, json: 128 << 20, stdin: 64 << 20, keys: 600,
-		stalled: 256 << 20, stall: 5 * time.Second, streams: 500, sleep: 3 * time.Second, burst: 2000, healths: 4000,
-		idleBefore: time.Second}
-	quickSizes = sizes{runs: 3, execs: 200, parallel: 480, stdout: 128 << 20, json: 32 << 20, stdin: 32 << 20, keys: 300,
-		stalled: 64 << 20, stall: time.Second, streams: 500, sleep: 3 * time.Second, burst: 480, healths: 1000,
-		idleBefore: 200 * time.Millisecond}
+		stalled: 256 << 20, stall: 5 * time.Second, burst: 2000, boots: 40, healths: 20_000, small: 8000, lists: 20,
+		text: 256 << 20, forward: 1 << 30, streams: 500, load: 10 * time.Second, calm: 5 * time.Second,
+		idleBefore: time.Second, restBefore: 10 * time.Second, rest: 60 * time.Second}
+	quickSizes = sizes{runs: 3, execs: 200, parallel: 480, stdout: 64 << 20, json: 32 << 20, stdin: 32 << 20, keys: 200,
+		stalled: 64 << 20, stall: time.Second, burst: 480, boots: 10, healths: 4000, small: 2000, lists: 5,
+		text: 16 << 20, forward: 128 << 20, streams: 500, load: time.Second, calm: 5 * time.Second,
+		idleBefore: 200 * time.Millisecond, restBefore: 6 * time.Second, rest: 4 * time.Second}
 )
 
 const (
 	clients    = 16
+	polling    = 32 // connections that ask for /health at once
 	block      = 20 // calls to one side before the other has its turn
 	warmUp     = 20
 	warmUpKeys = 20
@@ -73,13 +86,13 @@ type add func(row string, ours, baseline, bare float64)
 
 var figures = []figure{
 	{"exec", []rowSpec{
-		{"exec as root, p50", seconds, ratioAtMost(1.9)},
+		{"exec as root, p50", seconds, ratioAtMost(1.75)},
 		{"exec as root, p90", seconds, target{}},
 	}, func(ctx context.Context, b *bench, add add) error {
 		return measureExec(ctx, b, "", "exec as root", add)
 	}},
 	{"exec-user", []rowSpec{
-		{"exec as a user, p50", seconds, ratioAtMost(3.2)},
+		{"exec as a user, p50", seconds, ratioAtMost(2.6)},
 		{"exec as a user, p90", seconds, target{}},
 	}, func(ctx context.Context, b *bench, add add) error {
 		if b.user == "" {
@@ -88,14 +101,15 @@ var figures = []figure{
 		return measureExec(ctx, b, b.user, "exec as a user", add)
 	}},
 	{"rate", []rowSpec{
-		{"exec rate, 16 clients", perSecond, ratioAtLeast(0.5)},
+		{"exec rate, 16 clients", perSecond, ratioAtLeast(0.6)},
 	}, measureRate},
 	{"stdout", []rowSpec{
 		{"stdout, connect-go client", throughput, ratioAtLeast(0.18)},
-		{"stdout, raw reader", throughput, ratioAtLeast(0.18)},
+		{"stdout, raw reader", throughput, ratioAtLeast(0.25)},
 		{"stdout, peak RSS", bytesSize, under(32 << 20)},
 	}, measureStdout},
 	{"json", []rowSpec{
+		{"stdout as JSON, raw reader", throughput, ratioAtLeast(0.07)},
 		{"stdout as JSON against binary, connect-go client", throughput, ratioAtLeast(0.3)},
 		{"stdout as JSON against binary, raw reader", throughput, ratioAtLeast(0.3)},
 	}, measureJSON},
@@ -111,38 +125,62 @@ var figures = []figure{
 		{"stalled reader, bytes lost", count, exactly(0)},
 		{"stalled reader, peak RSS", bytesSize, under(24 << 20)},
 	}, measureStall},
-	{"streams", []rowSpec{
-		{"500 streams of sleep, RSS", bytesSize, under(40 << 20)},
-		{"500 streams of sleep, last start", seconds, target{}},
-	}, measureStreams},
 	{"burst", []rowSpec{
 		{"burst of true, streams without exactly one end", count, exactly(0)},
 		{"burst of true, zombies", count, exactly(0)},
 		{"burst of true, fds grown", count, exactly(0)},
 		{"burst of true, threads grown", count, target{}},
 	}, measureBurst},
+	{"size", []rowSpec{
+		{"size of the binary", bytesSize, ratioAtMost(1.58)},
+		{"lines of Go and assembly, neither test nor generated", count, atMost(4000)},
+	}, measureSize},
+	{"boot", []rowSpec{
+		{"from exec to the first /health", seconds, ratioAtMost(1.5)},
+	}, measureBoot},
 	{"idle", []rowSpec{
+		{"RSS when idle", bytesSize, ratioAtMost(1.65)},
+		{"threads when idle", count, atMost(6)},
+	}, measureIdle},
+	{"health", []rowSpec{
 		{"/health, p50", seconds, target{}},
 		{"/health, p99", seconds, target{}},
-		{"/health rate, 16 clients", perSecond, target{}},
-		{"from exec to the first /health", seconds, target{}},
-		{"RSS when idle", bytesSize, target{}},
-		{"size of the binary", bytesSize, target{}},
-	}, measureIdle},
+		{"/health rate, 32 connections", perSecond, ratioAtLeast(0.85)},
+	}, measureHealth},
+	{"load", []rowSpec{
+		{"500 streams of sleep, RSS", bytesSize, atMost(36 << 20)},
+		{"500 streams of sleep, last start", seconds, ratioAtMost(2)},
+		{"/health p99 at full load, against idle", seconds, ratioAtMost(10)},
+		{"/health p99 at full load, worst run", seconds, never(0.05)},
+		{"/health p99 in prepare and restore, against idle", seconds, ratioAtMost(10)},
+		{"/health p99 in prepare and restore, worst run", seconds, never(0.05)},
+		{"prepare answered, slowest", seconds, never(2.6)},
+		{"RSS 5 s after the whole load", bytesSize, atMost(14 << 20)},
+	}, measureLoad},
+	{"poll", []rowSpec{
+		{"/metrics, p50, against an empty answer", seconds, target{}},
+		{"/metrics, CPU time, against an empty answer", seconds, target{}},
+	}, measurePoll},
+	{"rest", []rowSpec{
+		{"at rest, CPU time per second", seconds, atMost(1e-3)},
+		{"at rest, context switches per second", wakeups, atMost(8)},
+	}, measureRest},
 }
 
 // bench is what the measurements share.
 type bench struct {
 	sizes
-	dir     string
-	envd    string
-	cgroup2 string // a writable cgroup v2 mount, or ""
-	user    string // an ordinary user, or ""
-	null    *os.File
-	servers map[string]*daemon
+	dir       string
+	envd      string
+	isBase    bool   // envd is the build to compare with
+	ofSources bool   // envd was built from the sources around
+	cgroup2   string // a writable cgroup v2 mount, or ""
+	user      string // an ordinary user, or ""
+	null      *os.File
+	servers   map[string]*daemon
 }
 
-// server returns the running envd or bare handler that most measurements share.
+// server returns a running server that several measurements share.
 func (b *bench) server(ctx context.Context, name string,
 	start func(context.Context) (*daemon, error)) (*daemon, error) {
 	if d := b.servers[name]; d != nil {
@@ -156,9 +194,14 @@ func (b *bench) server(ctx context.Context, name string,
 }
 
 func (b *bench) shared(ctx context.Context) (*daemon, error) {
-	return b.server(ctx, "envd", b.startEnvd)
+	return b.server(ctx, b.envd, func(ctx context.Context) (*daemon, error) { return b.startEnvd(ctx) })
 }
-func (b *bench) bare(ctx context.Context) (*daemon, error) { return b.server(ctx, "bare", startBare) }
+func (b *bench) bare(ctx context.Context) (*daemon, error)  { return b.helper(ctx, "bare") }
+func (b *bench) plain(ctx context.Context) (*daemon, error) { return b.helper(ctx, "plain") }
+
+func (b *bench) helper(ctx context.Context, name string) (*daemon, error) {
+	return b.server(ctx, name, func(ctx context.Context) (*daemon, error) { return b.startHelper(ctx, name) })
+}
 
 func (b *bench) stopServers() (err error) {
 	for _, d := range b.servers {
@@ -205,11 +248,14 @@ func measureExec(ctx context.Context, b *bench, as, row string, add add) error {
 	return nil
 }
 
+// warmUps is how many calls before n of them are not counted.
+func warmUps(n int) int { return min(warmUp, n/4) }
+
 // inTurn calls each side n times, in blocks that alternate, after some calls that are not counted.
 func inTurn(n int, sides []func() (time.Duration, error)) ([][]float64, error) {
 	took := make([][]float64, len(sides))
 	for _, side := range sides {
-		for range warmUp {
+		for range warmUps(n) {
 			if _, err := side(); err != nil {
 				return nil, err
 			}
@@ -282,6 +328,26 @@ func through(n int, run func() (ending, error)) (float64, error) {
 	return float64(n) / took.Seconds(), err
 }
 
+// amidLocal measures each side with `head | cat` before and after it, whose spread is large: its median counts.
+func amidLocal(n int, sides []func() (float64, error)) (rates []float64, local float64, err error) {
+	var locals []float64
+	for i := 0; ; i++ {
+		took, err := localStdout(n)
+		if err != nil {
+			return nil, 0, err
+		}
+		locals = append(locals, float64(n)/took.Seconds())
+		if i == len(sides) {
+			return rates, percentile(locals, 50), nil
+		}
+		rate, err := sides[i]()
+		if err != nil {
+			return nil, 0, err
+		}
+		rates = append(rates, rate)
+	}
+}
+
 func measureStdout(ctx context.Context, b *bench, add add) (err error) {
 	d, err := b.startEnvd(ctx) // fresh, so that the peak is this one's
 	if err != nil {
@@ -295,33 +361,21 @@ func measureStdout(ctx context.Context, b *bench, add add) (err error) {
 	c, bareClient := newClient(d.url, ""), newClient(bare.url, "")
 	defer c.close()
 	defer bareClient.close()
-	local := func() (float64, error) {
-		took, err := localStdout(b.stdout)
-		return float64(b.stdout) / took.Seconds(), err
+	sides := []func() (float64, error){
+		func() (float64, error) {
+			return through(b.stdout, func() (ending, error) { return c.run(ctx, c.proc, zeros(b.stdout), nil) })
+		},
+		func() (float64, error) {
+			return through(b.stdout, func() (ending, error) { return bareClient.run(ctx, bareClient.proc, zeros(b.stdout), nil) })
+		},
+		func() (float64, error) {
+			return through(b.stdout, func() (ending, error) { return c.runRaw(ctx, "proto", zeros(b.stdout)) })
+		},
+		func() (float64, error) {
+			return through(b.stdout, func() (ending, error) { return bareClient.runRaw(ctx, "proto", zeros(b.stdout)) })
+		},
 	}
-	base1, err := local()
-	if err != nil {
-		return err
-	}
-	viaConnect, err := through(b.stdout, func() (ending, error) { return c.run(ctx, c.proc, zeros(b.stdout), nil) })
-	if err != nil {
-		return err
-	}
-	bareConnect, err := through(b.stdout, func() (ending, error) {
-		return bareClient.run(ctx, bareClient.proc, zeros(b.stdout), nil)
-	})
-	if err != nil {
-		return err
-	}
-	base2, err := local()
-	if err != nil {
-		return err
-	}
-	viaRaw, err := through(b.stdout, func() (ending, error) { return c.runRaw(ctx, "proto", zeros(b.stdout)) })
-	if err != nil {
-		return err
-	}
-	bareRaw, err := through(b.stdout, func() (ending, error) { return bareClient.runRaw(ctx, "proto", zeros(b.stdout)) })
+	rates, local, err := amidLocal(b.stdout, sides)
 	if err != nil {
 		return err
 	}
@@ -329,8 +383,8 @@ func measureStdout(ctx context.Context, b *bench, add add) (err error) {
 	if err != nil {
 		return err
 	}
-	add("stdout, connect-go client", viaConnect, base1, bareConnect)
-	add("stdout, raw reader", viaRaw, base2, bareRaw)
+	add("stdout, connect-go client", rates[0], local, rates[1])
+	add("stdout, raw reader", rates[2], local, rates[3])
 	add("stdout, peak RSS", peak, none, none)
 	return nil
 }
@@ -343,19 +397,20 @@ func measureJSON(ctx context.Context, b *bench, add add) error {
 	c := newClient(d.url, "")
 	defer c.close()
 	msg := zeros(b.json)
-	var rates []float64
+	var sides []func() (float64, error)
 	for _, run := range []func() (ending, error){
 		func() (ending, error) { return c.run(ctx, c.json, msg, nil) },
 		func() (ending, error) { return c.run(ctx, c.proc, msg, nil) },
 		func() (ending, error) { return c.runRaw(ctx, "json", msg) },
 		func() (ending, error) { return c.runRaw(ctx, "proto", msg) },
 	} {
-		rate, err := through(b.json, run)
-		if err != nil {
-			return err
-		}
-		rates = append(rates, rate)
+		sides = append(sides, func() (float64, error) { return through(b.json, run) })
 	}
+	rates, local, err := amidLocal(b.json, sides)
+	if err != nil {
+		return err
+	}
+	add("stdout as JSON, raw reader", rates[2], local, none)
 	add("stdout as JSON against binary, connect-go client", rates[0], rates[1], none)
 	add("stdout as JSON against binary, raw reader", rates[2], rates[3], none)
 	return nil
@@ -528,70 +583,6 @@ func measureStall(ctx context.Context, b *bench, add add) (err error) {
 	return nil
 }
 
-func measureStreams(ctx context.Context, b *bench, add add) (err error) {
-	local, err := localSleeps(b.null, b.streams, b.sleep)
-	if err != nil {
-		return err
-	}
-	d, err := b.startEnvd(ctx)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, d.stop()) }()
-	c := newClient(d.url, "")
-	defer c.close()
-	started := make(chan struct{}, b.streams)
-	done := make(chan error, b.streams)
-	start := time.Now()
-	for range b.streams {
-		go func() {
-			e, err := c.run(ctx, c.proc, command("/bin/sleep", sleepArgument(b.sleep)), func(event *pb.ProcessEvent) {
-				if event.GetStart() != nil {
-					started <- struct{}{}
-				}
-			})
-			if err == nil {
-				err = e.check(0)
-			}
-			done <- err
-		}()
-	}
-	for range b.streams {
-		select {
-		case <-started:
-		case err := <-done:
-			return fmt.Errorf("a stream ended before the last one had started: %v", err)
-		}
-	}
-	took := time.Since(start)
-	// The plateau lasts until the first sleep ends; the highest value in it counts.
-	var rss float64
-	var ended int
-	for plateau := true; plateau; {
-		now, err := d.status("VmRSS")
-		if err != nil {
-			return err
-		}
-		rss = max(rss, now)
-		select {
-		case err := <-done:
-			if err != nil {
-				return err
-			}
-			ended, plateau = 1, false
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-	for ; ended < b.streams; ended++ {
-		if err := <-done; err != nil {
-			return err
-		}
-	}
-	add("500 streams of sleep, RSS", rss, none, none)
-	add("500 streams of sleep, last start", took.Seconds(), local.Seconds(), none)
-	return nil
-}
-
 func measureBurst(ctx context.Context, b *bench, add add) (err error) {
 	d, err := b.startEnvd(ctx)
 	if err != nil {
@@ -638,64 +629,146 @@ func measureBurst(ctx context.Context, b *bench, add add) (err error) {
 	return nil
 }
 
-func (c *client) health(ctx context.Context) error {
-	req, err := http.NewRequestWithContext(ctx, "GET", c.url+"/health", nil)
-	if err != nil {
-		return err
+// measureSize counts the sources as well, where they are those of the binary.
+func measureSize(ctx context.Context, b *bench, add add) error {
+	var sizes []float64
+	for _, path := range []string{b.envd, filepath.Join(b.dir, "plain"), filepath.Join(b.dir, "bare")} {
+		info, err := os.Stat(path)
+		if err != nil {
+			return err
+		}
+		sizes = append(sizes, float64(info.Size()))
 	}
-	resp, err := c.http.Do(req)
-	if err != nil {
-		return err
+	add("size of the binary", sizes[0], sizes[1], sizes[2])
+	if !b.ofSources {
+		return nil
 	}
-	var body [1024]byte
-	for err == nil {
-		_, err = resp.Body.Read(body[:])
+	lines := 0
+	for _, pattern := range []string{"../*.go", "../*.s"} {
+		sources, _ := filepath.Glob(pattern)
+		for _, source := range sources {
+			text, err := os.ReadFile(source)
+			if err != nil {
+				return err
+			}
+			if !strings.HasSuffix(source, "_test.go") {
+				lines += bytes.Count(text, []byte("\n"))
+			}
+		}
 	}
-	resp.Body.Close()
-	if resp.StatusCode/100 != 2 {
-		return fmt.Errorf("/health: %s", resp.Status)
+	add("lines of Go and assembly, neither test nor generated", float64(lines), none, none)
+	return nil
+}
+
+func measureBoot(ctx context.Context, b *bench, add add) error {
+	var took [3][]float64
+	for range b.boots {
+		for i, start := range []func() (*daemon, error){
+			func() (*daemon, error) { return b.startEnvd(ctx) },
+			func() (*daemon, error) { return b.startHelper(ctx, "plain") },
+			func() (*daemon, error) { return b.startHelper(ctx, "bare") },
+		} {
+			d, err := start()
+			if err == nil {
+				took[i] = append(took[i], d.boot.Seconds())
+				err = d.stop()
+			}
+			if err != nil {
+				return err
+			}
+		}
 	}
+	add("from exec to the first /health", percentile(took[0], 50), percentile(took[1], 50), percentile(took[2], 50))
 	return nil
 }
 
 func measureIdle(ctx context.Context, b *bench, add add) (err error) {
-	d, err := b.startEnvd(ctx)
+	var sides []*daemon
+	defer func() {
+		for _, d := range sides {
+			err = errors.Join(err, d.stop())
+		}
+	}()
+	for _, start := range []func() (*daemon, error){
+		func() (*daemon, error) { return b.startEnvd(ctx) },
+		func() (*daemon, error) { return b.startHelper(ctx, "plain") },
+		func() (*daemon, error) { return b.startHelper(ctx, "bare") },
+	} {
+		d, err := start()
+		if err != nil {
+			return err
+		}
+		sides = append(sides, d)
+	}
+	if err := pause(ctx, b.idleBefore); err != nil {
+		return err
+	}
+	for row, field := range map[string]string{"RSS when idle": "VmRSS", "threads when idle": "Threads"} {
+		var values []float64
+		for _, d := range sides {
+			value, err := d.status(field)
+			if err != nil {
+				return err
+			}
+			values = append(values, value)
+		}
+		add(row, values[0], values[1], values[2])
+	}
+	return nil
+}
+
+func measureHealth(ctx context.Context, b *bench, add add) error {
+	d, err := b.shared(ctx)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, d.stop()) }()
-	select {
-	case <-time.After(b.idleBefore):
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	rss, err := d.status("VmRSS")
+	plain, err := b.plain(ctx)
 	if err != nil {
 		return err
 	}
-	c := newClient(d.url, "")
-	defer c.close()
-	took, err := inTurn(b.healths, []func() (time.Duration, error){func() (time.Duration, error) {
-		start := time.Now()
-		err := c.health(ctx)
-		return time.Since(start), err
-	}})
+	var alone []func() (time.Duration, error)
+	var together []func() error
+	for _, side := range []*daemon{d, plain} {
+		c := newClient(side.url, "")
+		free := make(chan func() error, polling)
+		for range polling {
+			get, done, err := c.getter(ctx, "/health")
+			if err != nil {
+				return err
+			}
+			defer done()
+			free <- get
+		}
+		one := func() error {
+			get := <-free
+			defer func() { free <- get }()
+			return get()
+		}
+		together = append(together, one)
+		alone = append(alone, func() (time.Duration, error) {
+			start := time.Now()
+			err := one()
+			return time.Since(start), err
+		})
+	}
+	took, err := inTurn(b.healths, alone)
 	if err != nil {
 		return err
 	}
-	all, err := inParallel(clients, b.healths, func() error { return c.health(ctx) })
-	if err != nil {
-		return err
+	var total [2]time.Duration
+	const slices = 4
+	for range slices {
+		for i, side := range together {
+			took, err := inParallel(polling, b.healths, side)
+			if err != nil {
+				return err
+			}
+			total[i] += took
+		}
 	}
-	binary, err := os.Stat(b.envd)
-	if err != nil {
-		return err
-	}
-	add("/health, p50", percentile(took[0], 50), none, none)
-	add("/health, p99", percentile(took[0], 99), none, none)
-	add("/health rate, 16 clients", float64(b.healths)/all.Seconds(), none, none)
-	add("from exec to the first /health", d.boot.Seconds(), none, none)
-	add("RSS when idle", rss, none, none)
-	add("size of the binary", float64(binary.Size()), none, none)
+	add("/health, p50", percentile(took[0], 50), percentile(took[1], 50), none)
+	add("/health, p99", percentile(took[0], 99), percentile(took[1], 99), none)
+	rate := func(t time.Duration) float64 { return slices * float64(b.healths) / t.Seconds() }
+	add("/health rate, 32 connections", rate(total[0]), rate(total[1]), none)
 	return nil
 }

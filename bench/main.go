@@ -1,7 +1,10 @@
 // Command bench measures the real envd binary from outside and prints a table: for each figure ours, the baseline
 // measured in the same run, the ratio, the target, and whether it is met; medians of the repetitions with the spread.
 //
-//	cd bench && go run . [-quick] [-only REGEXP] [-runs N] [-settle DURATION] [-json FILE] [-envd PATH]
+//	cd bench && go run . [-quick] [-only REGEXP] [-runs N] [-settle DURATION] [-json FILE] [-envd PATH] [-base PATH]
+//
+// With -base it measures two builds in turn and prints how they differ instead. It fails when a figure could not be measured or
+// has become worse than that of the other build. `go run ./chart FILE PICTURE` draws what -json wrote.
 //
 // What a figure is measured against:
 //
@@ -10,9 +13,14 @@
 //	stdout   `head -c N /dev/zero` by Start, against `head -c N /dev/zero | cat > /dev/null`
 //	json     the same with the JSON codec, against our own binary codec
 //	stdin    N bytes by StreamInput into `cat > /dev/null` until it has ended, against a pipe into the same
+//	forward  N bytes through a forwarded port, against a connection to the port itself
 //	echo     a byte by SendInput until it is back on the stream, against a PTY of this process's own
+//	poll     /metrics, against the empty answer of the plain server
+//	rest     the daemon left alone, against the plain server left alone for the same time
+//	load     /health while 16 clients exec, upload and stream, against /health of the same daemon before
 //
-// The bare handler is the least that answers Start with connect-go (bare.go); its column is there for comparison.
+// size, boot, idle and health have the plain server as their baseline: net/http and nothing else (plain/), built with the same
+// flags. The bare handler is the least that answers Start with connect-go (bare/); its column is there for comparison.
 package main
 
 import (
@@ -29,6 +37,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -36,11 +45,19 @@ import (
 	pb "envd/proto"
 )
 
+// options are what the command line says.
+type options struct {
+	sizes
+	envd, base string         // binaries; "": build one, and none to compare with
+	wanted     *regexp.Regexp // figures or rows
+}
+
 func main() {
-	serveBareIfAsked()
-	envd := flag.String("envd", "", "measure the binary at `PATH` instead of building one")
+	var o options
+	flag.StringVar(&o.envd, "envd", "", "measure the binary at `PATH` instead of building one")
+	flag.StringVar(&o.base, "base", "", "compare with the binary at `PATH`")
 	quick := flag.Bool("quick", false, "fewer and smaller runs")
-	runs := flag.Int("runs", 0, "repetitions of each figure (0: 5, or 3 with -quick)")
+	runs := flag.Int("runs", 0, "repetitions of each figure (0: 5, or 3 with -quick; 3 more with -base)")
 	only := flag.String("only", "", "only the rows whose figure or name matches `REGEXP`")
 	patience := flag.Duration("settle", 0, "wait up to `DURATION` before each repetition for an idle machine")
 	jsonFile := flag.String("json", "", "also write the table to `FILE` as JSON")
@@ -49,29 +66,35 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
-	wanted, err := regexp.Compile(*only)
-	if err != nil {
+	var err error
+	if o.wanted, err = regexp.Compile(*only); err != nil {
 		fmt.Fprintln(os.Stderr, "bench: -only:", err)
 		os.Exit(2)
 	}
-	s := fullSizes
+	o.sizes = fullSizes
 	if *quick {
-		s = quickSizes
+		o.sizes = quickSizes
+	}
+	if o.base != "" {
+		o.runs += 3 // the fewer, the larger a difference must be to be told from the noise
 	}
 	if *runs > 0 {
-		s.runs = *runs
+		o.runs = *runs
 	}
-	s.patience = *patience
+	o.patience = *patience
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	about, rows, err := run(ctx, *envd, s, wanted, os.Stderr)
+	start := time.Now()
+	about, rows, err := run(ctx, o, os.Stderr)
 	if err == nil {
-		for _, line := range about {
-			fmt.Println(line)
+		about = append(about, fmt.Sprintf("all of it took %.0f s", time.Since(start).Seconds()))
+		fmt.Println(strings.Join(about, "\n") + "\n")
+		if o.base == "" {
+			printTable(os.Stdout, rows)
+		} else if n := printComparison(os.Stdout, rows); n > 0 {
+			err = fmt.Errorf("worse than the other build in %d figures", n)
 		}
-		fmt.Println()
-		printTable(os.Stdout, rows)
-		err = saveJSON(*jsonFile, about, rows)
+		err = errors.Join(err, saveJSON(*jsonFile, about, rows))
 	}
 	for _, r := range rows {
 		if r.err != nil {
@@ -86,27 +109,29 @@ func main() {
 
 // run measures every figure that is wanted. The error is about the benchmark itself; a figure that could not be
 // measured has its error in its rows.
-func run(interrupted context.Context, envd string, s sizes, wanted *regexp.Regexp, progress io.Writer) (about []string,
-	rows []*row, err error) {
+func run(interrupted context.Context, o options, progress io.Writer) (about []string, rows []*row, err error) {
 	dir, err := os.MkdirTemp("", "envd-bench-")
 	if err != nil {
 		return nil, nil, err
 	}
 	defer os.RemoveAll(dir)
-	if envd == "" {
-		fmt.Fprintln(progress, "building envd")
-		if envd, err = build(interrupted, dir); err != nil {
+	b := &bench{sizes: o.sizes, dir: dir, envd: o.envd, cgroup2: writableCgroup2(), servers: map[string]*daemon{}}
+	fmt.Fprintln(progress, "building")
+	if err := buildHelpers(interrupted, dir); err != nil {
+		return nil, nil, err
+	}
+	if o.envd == "" {
+		b.ofSources = true
+		if b.envd, err = build(interrupted, dir); err != nil {
 			return nil, nil, err
 		}
-	} else if envd, err = filepath.Abs(envd); err != nil {
+	} else if b.envd, err = filepath.Abs(o.envd); err != nil {
 		return nil, nil, err
 	}
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	if err != nil {
+	if b.null, err = os.OpenFile(os.DevNull, os.O_RDWR, 0); err != nil {
 		return nil, nil, err
 	}
-	defer null.Close()
-	b := &bench{sizes: s, dir: dir, envd: envd, cgroup2: writableCgroup2(), null: null, servers: map[string]*daemon{}}
+	defer b.null.Close()
 	if os.Geteuid() == 0 {
 		b.user = ordinaryUser()
 	}
@@ -114,11 +139,25 @@ func run(interrupted context.Context, envd string, s sizes, wanted *regexp.Regex
 	if about, err = b.about(interrupted); err != nil {
 		return nil, nil, err
 	}
+	builds := []*bench{b}
+	if o.base != "" {
+		base := *b
+		base.isBase, base.ofSources = true, false
+		if base.envd, err = filepath.Abs(o.base); err != nil {
+			return nil, nil, err
+		}
+		aboutBase, err := base.about(interrupted)
+		if err != nil {
+			return nil, nil, err
+		}
+		about = append(about, "compared with "+aboutBase[0])
+		builds = append(builds, &base)
+	}
 	var busy []float64
 	for _, f := range figures {
 		ofFigure := map[string]*row{}
 		for _, spec := range f.rows {
-			if wanted.MatchString(f.name) || wanted.MatchString(spec.name) {
+			if o.wanted.MatchString(f.name) || o.wanted.MatchString(spec.name) {
 				r := &row{rowSpec: spec, figure: f.name}
 				ofFigure[spec.name] = r
 				rows = append(rows, r)
@@ -127,17 +166,9 @@ func run(interrupted context.Context, envd string, s sizes, wanted *regexp.Regex
 		if len(ofFigure) == 0 {
 			continue
 		}
-		for i := range s.runs {
-			fmt.Fprintf(progress, "%s, run %d of %d\n", f.name, i+1, s.runs)
-			runtime.GC()
-			busy = append(busy, settle(interrupted, s.patience))
-			ctx, cancel := context.WithTimeout(interrupted, 2*time.Minute)
-			err := f.measure(ctx, b, func(name string, ours, baseline, bare float64) {
-				if r := ofFigure[name]; r != nil {
-					r.add(ours, baseline, bare)
-				}
-			})
-			cancel()
+		begun := time.Now()
+		for i := range o.runs {
+			err := f.repeat(interrupted, builds, ofFigure, &busy)
 			if err := interrupted.Err(); err != nil {
 				return about, rows, err
 			}
@@ -147,12 +178,38 @@ func run(interrupted context.Context, envd string, s sizes, wanted *regexp.Regex
 				}
 				break
 			}
+			slices.Reverse(builds) // what comes first has no advantage
+			fmt.Fprintf(progress, "%s, run %d of %d, %.1f s so far\n", f.name, i+1, o.runs, time.Since(begun).Seconds())
 		}
 	}
 	noise := summarise(busy)
 	about = append(about, fmt.Sprintf("the machine before each run: %.0f%% busy with other things (%.0f-%.0f)",
 		100*noise.Median, 100*noise.Min, 100*noise.Max))
 	return about, rows, nil
+}
+
+// repeat is one repetition of a figure, for each build.
+func (f figure) repeat(interrupted context.Context, builds []*bench, rows map[string]*row, busy *[]float64) error {
+	for _, b := range builds {
+		runtime.GC()
+		*busy = append(*busy, settle(interrupted, b.patience))
+		ctx, cancel := context.WithTimeout(interrupted, 3*time.Minute)
+		err := f.measure(ctx, b, func(name string, ours, baseline, bare float64) {
+			if r := rows[name]; r != nil && b.isBase {
+				r.base = append(r.base, ours)
+			} else if r != nil {
+				r.add(ours, baseline, bare)
+			}
+		})
+		cancel()
+		if err != nil && b.isBase {
+			err = fmt.Errorf("the build to compare with: %w", err)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // about says what was measured, on what, and how.

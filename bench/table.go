@@ -20,7 +20,8 @@ const (
 	seconds    unit = "s"
 	bytesSize  unit = "bytes"
 	throughput unit = "bytes/s"
-	perSecond  unit = "1/s"
+	perSecond  unit = "1/s"        // of work: more is better
+	wakeups    unit = "switches/s" // less is better
 	count      unit = "count"
 )
 
@@ -39,7 +40,10 @@ func (u unit) scale(v float64) (by float64, decimals int, name string) {
 		return 1 << 20, 1, " MiB"
 	case throughput:
 		return 1 << 20, 0, " MiB/s"
-	case perSecond:
+	case perSecond, wakeups:
+		if v < 100 {
+			return 1, 1, "/s"
+		}
 		return 1, 0, "/s"
 	}
 	return 1, 0, ""
@@ -55,13 +59,15 @@ func (u unit) format(v float64) string {
 
 // target is what a row must show. The zero target means that the row only informs.
 type target struct {
-	Of    string  `json:"of"` // "ratio" or "ours"
+	Of    string  `json:"of"` // "ratio", "ours", or "worst": ours in the worst repetition
 	Op    string  `json:"op"` // "<=", ">=", "<", "=="
 	Value float64 `json:"value"`
 }
 
 func ratioAtMost(v float64) target  { return target{"ratio", "<=", v} }
 func ratioAtLeast(v float64) target { return target{"ratio", ">=", v} }
+func atMost(v float64) target       { return target{"ours", "<=", v} }
+func never(v float64) target        { return target{"worst", "<=", v} } // above it
 func under(v float64) target        { return target{"ours", "<", v} }
 func exactly(v float64) target      { return target{"ours", "==", v} }
 
@@ -74,6 +80,9 @@ func (t target) format(u unit) string {
 	}
 	if t.Op == "==" {
 		return u.format(t.Value)
+	}
+	if t.Of == "worst" {
+		return "always <= " + u.format(t.Value)
 	}
 	return t.Op + " " + u.format(t.Value)
 }
@@ -91,7 +100,9 @@ type row struct {
 	figure               string
 	ours, baseline, bare []float64
 	ratios               []float64
-	err                  error // why the row could not be measured
+	base                 []float64 // the build to compare with
+	change               *change   // from it; nil: not known
+	err                  error     // why the row could not be measured
 }
 
 // none marks a column that does not apply.
@@ -101,7 +112,11 @@ func (r *row) add(ours, baseline, bare float64) {
 	r.ours = append(r.ours, ours)
 	r.baseline = append(r.baseline, baseline)
 	r.bare = append(r.bare, bare)
-	r.ratios = append(r.ratios, ours/baseline)
+	ratio := ours / baseline
+	if baseline == 0 {
+		ratio = none
+	}
+	r.ratios = append(r.ratios, ratio)
 }
 
 // met tells whether the target holds. A count that must be exact is judged by its worst repetition, since one lost
@@ -115,6 +130,9 @@ func (r *row) met() bool {
 		values = r.ratios
 	}
 	s := summarise(values)
+	if r.target.Of == "worst" {
+		return s.Max <= r.target.Value
+	}
 	switch r.target.Op {
 	case "<=":
 		return s.Median <= r.target.Value
@@ -182,12 +200,14 @@ func (s summary) formatRatio() string {
 }
 
 func printTable(w io.Writer, rows []*row) {
+	targets := map[bool]int{}
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(tw, "figure\tours\tbaseline\tratio\ttarget\tmet\tbare handler")
+	fmt.Fprintln(tw, "figure\tours\tbaseline\tratio\ttarget\tverdict\tbare handler")
 	for _, r := range rows {
 		met := "-"
 		if r.target.Of != "" {
-			met = map[bool]string{true: "yes", false: "NO"}[r.met()]
+			met = map[bool]string{true: "met", false: "MISSED"}[r.met()]
+			targets[r.met()]++
 		}
 		if r.err != nil {
 			fmt.Fprintf(tw, "%s\tnot measured\t-\t-\t%s\t%s\t-\n", r.name, r.target.format(r.unit), met)
@@ -202,6 +222,7 @@ func printTable(w io.Writer, rows []*row) {
 			summarise(r.baseline).format(r.unit), summarise(r.ratios).formatRatio(), r.target.format(r.unit), met, bareText)
 	}
 	tw.Flush()
+	fmt.Fprintf(w, "\n%d targets met, %d missed\n", targets[true], targets[false])
 }
 
 // jsonRow is a row for machines: values in seconds, bytes, bytes per second, or counts; absent columns are left out.
@@ -209,10 +230,13 @@ type jsonRow struct {
 	Figure   string   `json:"figure"`
 	Name     string   `json:"name"`
 	Unit     unit     `json:"unit"`
+	Text     string   `json:"text,omitempty"` // ours, to be read
 	Ours     *summary `json:"ours,omitempty"`
 	Baseline *summary `json:"baseline,omitempty"`
 	Bare     *summary `json:"bare_handler,omitempty"`
 	Ratio    *summary `json:"ratio,omitempty"`
+	Base     *summary `json:"base_build,omitempty"`
+	Change   *change  `json:"change,omitempty"`
 	Target   *target  `json:"target,omitempty"`
 	Met      *bool    `json:"met,omitempty"`
 	Error    string   `json:"error,omitempty"`
@@ -226,7 +250,13 @@ func (r *row) forMachines() jsonRow {
 		return nil
 	}
 	j := jsonRow{Figure: r.figure, Name: r.name, Unit: r.unit, Ours: known(r.ours), Baseline: known(r.baseline),
-		Bare: known(r.bare), Ratio: known(r.ratios)}
+		Bare: known(r.bare), Ratio: known(r.ratios), Base: known(r.base), Change: r.change}
+	if j.Ours != nil {
+		j.Text = r.unit.format(j.Ours.Median)
+		if r.target.Of == "worst" {
+			j.Text = r.unit.format(j.Ours.Max)
+		}
+	}
 	if r.target.Of != "" {
 		met := r.met()
 		j.Target, j.Met = &r.target, &met

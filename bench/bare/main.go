@@ -1,11 +1,14 @@
-// The bare handler: the least that answers Start with connect-go, as a second thing to compare with. It forks with
-// os/exec, copies the output with its 32 KiB buffers, waits, and does nothing else: no leaf, no user, no retention.
-//
-// It runs in a process of its own, which is this binary started again with bareVariable set.
+// Command bare is the bare handler: the least that does an agent's work with the same libraries, as a second thing to compare
+// with. It answers Start by forking with os/exec, copies the output with its 32 KiB buffers, waits, and does nothing else: no
+// leaf, no user, no retention. GET /file serves a file, PUT /file copies the body to one; a method COPY hands over the
+// connection, whose bytes go to the file until it ends.
 package main
 
 import (
 	"context"
+	"errors"
+	"io"
+	"log"
 	"net"
 	"net/http"
 	"os"
@@ -17,9 +20,7 @@ import (
 	pb "envd/proto"
 )
 
-const bareVariable = "ENVD_BENCH_BARE_PORT"
-
-type bareHandler struct{ pb.UnimplementedProcessHandler }
+type handler struct{ pb.UnimplementedProcessHandler }
 
 // eventWriter sends what is written to it as one event.
 type eventWriter struct {
@@ -35,7 +36,7 @@ func (w eventWriter) Write(p []byte) (int, error) {
 	return len(p), err
 }
 
-func (bareHandler) Start(_ context.Context, req *connect.Request[pb.StartRequest],
+func (handler) Start(_ context.Context, req *connect.Request[pb.StartRequest],
 	stream *connect.ServerStream[pb.StartResponse]) error {
 	var mu sync.Mutex
 	cmd := exec.Command(req.Msg.GetProcess().GetCmd(), req.Msg.GetProcess().GetArgs()...)
@@ -62,28 +63,44 @@ func (bareHandler) Start(_ context.Context, req *connect.Request[pb.StartRequest
 			Status: cmd.ProcessState.String()}}}})
 }
 
-// serveBareIfAsked turns this process into the bare handler when it was started as one.
-func serveBareIfAsked() {
-	port := os.Getenv(bareVariable)
-	if port == "" {
+func file(w http.ResponseWriter, r *http.Request) {
+	path := r.URL.Query().Get("path")
+	if r.Method == "GET" {
+		http.ServeFile(w, r, path)
 		return
 	}
-	mux := http.NewServeMux()
-	mux.Handle(pb.NewProcessHandler(bareHandler{}))
-	mux.HandleFunc("GET /health", func(http.ResponseWriter, *http.Request) {})
-	http.ListenAndServe(net.JoinHostPort("127.0.0.1", port), mux)
-	os.Exit(1)
+	f, err := os.Create(path)
+	if err == nil {
+		_, err = io.Copy(f, r.Body)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		http.Error(w, err.Error(), 500)
+	}
 }
 
-func startBare(ctx context.Context) (*daemon, error) {
-	self, err := os.Executable()
+func copyConnection(w http.ResponseWriter, r *http.Request) {
+	conn, buffered, err := w.(http.Hijacker).Hijack()
 	if err != nil {
-		return nil, err
+		return
 	}
-	d := &daemon{}
-	return d, d.run(ctx, func(port string) *exec.Cmd {
-		cmd := exec.Command(self)
-		cmd.Env = append(os.Environ(), bareVariable+"="+port)
-		return cmd
-	})
+	defer conn.Close()
+	f, err := os.Create(r.URL.Query().Get("path"))
+	if err == nil {
+		_, err = io.CopyN(f, buffered, int64(buffered.Reader.Buffered()))
+	}
+	if err == nil {
+		_, err = io.Copy(f, conn)
+	}
+	if err == nil && f.Close() == nil {
+		conn.Write([]byte("ok"))
+	}
+}
+
+func main() {
+	http.Handle(pb.NewProcessHandler(handler{}))
+	http.HandleFunc("GET /health", func(http.ResponseWriter, *http.Request) {})
+	http.HandleFunc("/file", file)
+	http.HandleFunc("COPY /file", copyConnection)
+	log.Fatal(http.ListenAndServe(net.JoinHostPort("127.0.0.1", os.Args[1]), nil))
 }
