@@ -37,11 +37,8 @@ var buildDaemon = sync.OnceValues(func() (string, error) {
 		return filepath.Abs(bin)
 	}
 	bin := filepath.Join(scratch, "envd")
-	build := exec.Command("go", "build", "-o", bin, ".")
-	build.Dir = ".."
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go build: %w\n%s", err, out)
+	if out, err := exec.Command("../tools/build", bin).CombinedOutput(); err != nil {
+		return "", fmt.Errorf("tools/build: %w\n%s", err, out)
 	}
 	return bin, nil
 })

@@ -23,6 +23,25 @@ export default (sandbox) => {
       assert.equal((await terminal.wait()).exitCode, 0)
     },
 
+    // Links that stand for the token: for one file, one operation, one user, until they expire.
+    async 'signed-urls'() {
+      const sandbox = await secure()
+      const path = `/tmp/envd-e2e-signed ü+${Math.random()}`
+      for (const options of [{}, { user: self }, { user: self, useSignatureExpiration: 60 }]) {
+        const form = new FormData()
+        form.append('file', 'signed')
+        const up = await fetch(await sandbox.uploadUrl(path, options), { method: 'POST', body: form })
+        assert.equal(up.status, 200, await up.text())
+        const down = await fetch(await sandbox.downloadUrl(path, options))
+        assert.equal(await down.text(), 'signed')
+      }
+      const expired = await fetch(await sandbox.downloadUrl(path, { useSignatureExpiration: -10 }))
+      assert.deepEqual([expired.status, await expired.json()], [401, { code: 401, message: 'signature is already expired' }])
+      const swapped = await fetch((await sandbox.downloadUrl(path)).replace('signed', 'other'))
+      assert.deepEqual([swapped.status, await swapped.json()], [401, { code: 401, message: 'invalid signature' }])
+      await sandbox.files.remove(path)
+    },
+
     async 'login-env'() {
       const { commands } = await secure()
       const script = 'printf "\\n%s\\n" "$USER $LOGNAME $HOME"; getent passwd "$USER"; command -v bash'

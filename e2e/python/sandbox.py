@@ -2,7 +2,12 @@
 it asks a control plane, which the test plays, for the daemon's version and token, as it does in production."""
 
 import asyncio
+import inspect
+import json
 import os
+import urllib.error
+import urllib.request
+import uuid
 
 from e2b import AsyncSandbox, AuthenticationException, PtySize, Sandbox
 
@@ -38,6 +43,28 @@ class Cases:
         terminal = await Running.terminal(sandbox.pty.create, PtySize(rows=24, cols=80))
         await sandbox.pty.send_stdin(terminal.pid, b"exit\n")
         assert (await terminal.ended).exit_code == 0
+
+    async def signed_urls(self):
+        """Links that stand for the token: for one file, one operation, one user, until they expire."""
+        sandbox = await self._secure()
+        path = f"/tmp/envd-e2e-signed ü+{uuid.uuid4()}"
+
+        async def fetch(url, body=None):
+            url = await url if inspect.isawaitable(url) else url
+            kind = {"Content-Type": "application/octet-stream"}
+            try:
+                with await asyncio.to_thread(urllib.request.urlopen, urllib.request.Request(url, body, kind)) as response:
+                    return response.status, response.read().decode()
+            except urllib.error.HTTPError as refused:
+                return refused.code, json.load(refused)["message"]
+
+        for options in ({}, {"user": ME}, {"user": ME, "use_signature_expiration": 60}):
+            assert (await fetch(sandbox.upload_url(path, **options), b"signed"))[0] == 200
+            assert await fetch(sandbox.download_url(path, **options)) == (200, "signed")
+        expired = sandbox.download_url(path, use_signature_expiration=-10)
+        assert await fetch(expired) == (401, "signature is already expired")
+        assert await fetch(sandbox.upload_url(path)) == (401, "invalid signature")  # GET is another operation
+        await sandbox.files.remove(path)
 
     async def login_env(self):
         commands = (await self._secure()).commands
