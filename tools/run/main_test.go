@@ -18,16 +18,16 @@ func TestRun(t *testing.T) {
 	if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil { // the ordinary user has to get in
 		t.Fatal(err)
 	}
-	build := func(name, module, pkg string) string {
+	build := func(name string, command ...string) string {
 		binary := filepath.Join(dir, name)
-		cmd := exec.Command("go", "build", "-C", module, "-o", binary, pkg)
+		cmd := exec.Command(command[0], append(command[1:], binary)...)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("go build: %v\n%s", err, out)
 		}
 		return binary
 	}
-	runner, envd := build("run", ".", "."), build("envd", "../..", ".")
+	runner, envd := build("run", "go", "build", "-o"), build("envd", "../build")
 	for _, uid := range []uint32{0, 65534} {
 		t.Run(fmt.Sprint("uid ", uid), func(t *testing.T) {
 			cmd := exec.Command(runner, "-once", "-port", freePort(t), envd)
