@@ -117,12 +117,13 @@ func TestHelpListsFlagsInGroups(t *testing.T) {
 	for flag, value := range map[string]string{
 		"port": "49983", "listen": "", "isnotfc": "", "version": "", "commit": "", "cmd": "",
 		"cgroup-root": "/sys/fs/cgroup", "no-cgroups": "", "verbose": "", "resume-handover": "",
-		"allow-origin": "", "no-local-clients": "", "run-dir": "/run/wrenn",
+		"allow-origin": "", "no-local-clients": "", "run-dir": "/run/wrenn", "forward-address": "169.254.0.21",
 		"output-buffer": "524288", "output-memory": "", "output-ended": "4194304",
 		"end-silence": "250ms", "end-grace": "2s", "retain-time": "10m", "retain-count": "4096",
 		"start-timeout": "30s", "max-processes": "4096", "stall-timeout": "1m|60s", "stall-timeout-shared": "10s",
 		"keepalive-interval": "1m30s|90s", "header-timeout": "30s", "idle-timeout": "10m40s|640s", "stop-timeout": "5s",
-		"max-waiting-connections": "512",
+		"max-waiting-connections": "512", "pids-max": "7/16", "nameservers": "8.8.8.8,1.1.1.1",
+		"sync-timeout": "2.4s", "prepared-timeout": "30s", "thaw-timeout": "10m0s",
 	} {
 		line := regexp.MustCompile(`(?m)^\s+--?` + flag + `\b[^-\w].*(\n\s{4,}[^-\s].*)*`).FindString(help)
 		if line == "" {

@@ -197,8 +197,8 @@ func hungFUSE(t *testing.T, dir string, answers, takes bool) (abort func()) {
 // serveFUSERoot answers FUSE_INIT and what concerns the root directory. Layout: include/uapi/linux/fuse.h.
 func serveFUSERoot(device *os.File, takes bool, ready chan<- struct{}) {
 	const (
-		getattr, initialise, access, opendir = 3, 26, 34, 27
-		rootNode                             = 1
+		getattr, statfs, initialise, opendir, access = 3, 17, 26, 27, 34
+		rootNode                                     = 1
 	)
 	request := make([]byte, 1<<20)
 	for {
@@ -222,6 +222,10 @@ func serveFUSERoot(device *os.File, takes bool, ready chan<- struct{}) {
 			binary.NativeEndian.PutUint32(answer[16+60:], 0o40755)      // mode
 			binary.NativeEndian.PutUint32(answer[16+64:], 2)            // nlink
 			binary.NativeEndian.PutUint32(answer[16+80:], uint32(4096)) // blksize
+		case opcode == statfs && node == rootNode:
+			answer = make([]byte, 80) // struct fuse_statfs_out
+		case opcode == opendir && node == rootNode:
+			answer = make([]byte, 16) // struct fuse_open_out
 		case opcode == access && node == rootNode:
 		default:
 			continue // never

@@ -71,7 +71,16 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	suiteDir = dir
+	// A daemon that believes to be in a guest raises the machine's limits.
+	limits := map[string][]byte{}
+	files, _ := filepath.Glob("/proc/sys/fs/inotify/max_*")
+	for _, file := range files {
+		limits[file], _ = os.ReadFile(file)
+	}
 	code := m.Run()
+	for file, limit := range limits {
+		os.WriteFile(file, limit, 0)
+	}
 	os.RemoveAll(dir)
 	os.Exit(code)
 }
@@ -84,14 +93,12 @@ var raceEnabled = sync.OnceValue(func() bool {
 
 var buildDaemon = sync.OnceValues(func() (string, error) {
 	path := filepath.Join(suiteDir, "envd")
-	args, cgo := []string{"build", "-o", path}, "CGO_ENABLED=0"
+	build := exec.Command("tools/build", path) // the binary that `make build` makes
 	if raceEnabled() {
-		args, cgo = append(args, "-race"), "CGO_ENABLED=1" // the race detector needs cgo
+		build.Args = append(build.Args, "-race")
 	}
-	build := exec.Command("go", append(args, ".")...)
-	build.Env = append(os.Environ(), cgo)
 	if out, err := build.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go build: %v\n%s", err, out)
+		return "", fmt.Errorf("tools/build: %v\n%s", err, out)
 	}
 	return path, nil
 })
@@ -257,8 +264,10 @@ type daemonConfig struct {
 	block    []syscall.Signal    // signals that it inherits as blocked
 	hide     []string            // files that do not exist for it (overlay, in a mount namespace of its own)
 	steps    []string            // further preparations for execPrepared
+	userNS   bool                // root of a user namespace of its own, in which limits (/proc/sys/user) can be set
 	listen   string              // for --listen; "": 127.0.0.1; "default": the flag is not given
 	portFlag string              // another spelling of `--port %d`
+	netns    *netns              // where it runs and is talked to
 }
 
 type daemon struct {
@@ -269,6 +278,8 @@ type daemon struct {
 	cmd    *exec.Cmd
 	cgroup string // the --cgroup-root, or ""
 	runDir string
+	netns  *netns       // or nil
+	dial   dialFunc     // from its network namespace
 	http   *http.Client // HTTP/1.1
 	h2     *http.Client // HTTP/2 with prior knowledge
 
@@ -347,7 +358,11 @@ func startDaemonWith(t testing.TB, config daemonConfig) *daemon {
 		program = daemonBinary(t)
 	}
 	base := publicDir(t)
-	d := &daemon{runDir: filepath.Join(base, "run"), logFile: filepath.Join(base, "log")}
+	d := &daemon{runDir: filepath.Join(base, "run"), logFile: filepath.Join(base, "log"), dial: new(net.Dialer).DialContext}
+	if config.netns != nil {
+		d.netns, d.dial = config.netns, config.netns.dial
+		config.steps = append(config.steps, "netns", config.netns.path())
+	}
 
 	// The daemon itself goes into a cgroup of the test's, so that whatever it leaves behind can be found and killed.
 	var agentCgroup *os.File
@@ -417,22 +432,22 @@ func startDaemonWith(t testing.TB, config daemonConfig) *daemon {
 			t.Fatalf("the daemon did not start: %v\n%s", d.waitErr, d.log())
 		}
 	}
-	d.http = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
-	h2 := &http.Transport{Protocols: new(http.Protocols)}
+	d.http = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64, DialContext: d.dial}}
+	h2 := &http.Transport{Protocols: new(http.Protocols), DialContext: d.dial}
 	h2.Protocols.SetUnencryptedHTTP2(true)
 	d.h2 = &http.Client{Transport: h2}
 	t.Cleanup(func() { d.end(t) })
 	return d
 }
 
-// answers polls /health until it says 200; false when the daemon is gone or the time is up.
+// answers polls /envs, which waits until all is ready, until it says 200; false when the daemon is gone or the time is up.
 func (d *daemon) answers(timeout time.Duration) bool {
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: time.Second}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: d.dial}, Timeout: time.Second}
 	for deadline := time.Now().Add(timeout); time.Now().Before(deadline); time.Sleep(2 * time.Millisecond) {
 		if d.gone() {
 			return false
 		}
-		if response, err := client.Get(d.url + "/health"); err == nil {
+		if response, err := client.Get(d.url + "/envs"); err == nil {
 			response.Body.Close()
 			if response.StatusCode == http.StatusOK || response.StatusCode == http.StatusForbidden { // --no-local-clients
 				return true
@@ -575,6 +590,11 @@ func prepared(t testing.TB, base string, config daemonConfig, program string, ar
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: config.as}
 	if len(config.files)+len(config.hide) > 0 {
 		cmd.SysProcAttr.Unshareflags = syscall.CLONE_NEWNS // Go makes the mounts private as well
+	}
+	if config.userNS {
+		cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWUSER
+		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{Size: 1}}
+		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{Size: 1}}
 	}
 	return cmd
 }
@@ -1173,6 +1193,17 @@ func execPrepared(args []string) {
 			syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
 			limit.Cur = uint64(number)
 			err = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit)
+		case "netns": // PATH
+			err = enterNetns(args[1])
+		case "no-netlink": // PROTOCOL
+			err = forbidNetlink(uint32(number))
+		case "seccomp": // NUMBER:ARG1:ERRNO (seccompFilter)
+			err = seccompFilter(args[1])
+		case "supervised": // SOCKET:NUMBER,... (supervised_test.go)
+			err = supervisedBy(args[1])
+		case "limit": // NAME=VALUE, of the user namespace
+			name, value, _ := strings.Cut(args[1], "=")
+			err = os.WriteFile("/proc/sys/user/"+name, []byte(value), 0)
 		case "groups": // GID, the only supplementary one
 			err = syscall.Setgroups([]int{number})
 		default:

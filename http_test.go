@@ -101,7 +101,7 @@ func TestUnknownRoutesAndMethods(t *testing.T) {
 		}
 	}
 	for request, allow := range map[string]string{
-		"POST /health": "GET", "PUT /envs": "GET", "GET /init": "POST", "DELETE /init": "POST", "OPTIONS /init": "POST",
+		"POST /health": "GET", "PUT /envs": "GET", "HEAD /metrics": "GET", "GET /init": "POST", "DELETE /init": "POST", "OPTIONS /init": "POST",
 		"GET /process.Process/List": "POST", "PUT /process.Process/Start": "POST", "GET /process.Process/Start": "POST",
 	} {
 		method, path, _ := strings.Cut(request, " ")
@@ -933,4 +933,46 @@ func TestServerTimeouts(t *testing.T) {
 	// None of this touches a stream.
 	s := d.start(t, argv("sleep", "1.5"), withHeader("Connection", "keep-alive"))
 	wantEnd(t, s.collect().end, 0, true, "exit status 0")
+}
+
+// While the daemon is still being put together /health is answered, and every other request waits.
+func TestHealthComesFirst(t *testing.T) {
+	t.Parallel()
+	s := newServer(serverOptions{version: "1", maxWaiting: 10, maxRequests: 10}, &accessToken{}, &userDB{}, newLifecycle(lifecycleOptions{}, false))
+	s.services = func() map[string]http.Handler { return nil }
+	s.routes = []route{{"GET", "/health", true, s.health}}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go s.http.Serve(listener)
+	defer s.http.Close()
+	status := func(path string) int {
+		answer, err := http.Get("http://" + listener.Addr().String() + path)
+		if err != nil {
+			t.Error(err)
+			return 0
+		}
+		answer.Body.Close()
+		return answer.StatusCode
+	}
+	others := make(chan int, 3)
+	for _, path := range []string{"/nothing", "/process.Process/List", "/health/"} {
+		go func() { others <- status(path) }()
+	}
+	waitFor(t, 5*time.Second, "three requests", func() bool { return s.requests.Load() == 3 })
+	for range 20 {
+		if got := status("/health"); got != http.StatusOK {
+			t.Errorf("/health: %d", got)
+		}
+	}
+	if n := len(others); n != 0 {
+		t.Errorf("%d requests did not wait", n)
+	}
+	close(s.ready)
+	for range 3 {
+		if got := <-others; got != http.StatusNotFound {
+			t.Errorf("after the wait: %d", got)
+		}
+	}
 }

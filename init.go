@@ -1,55 +1,84 @@
-// POST /init: the control plane gives the sandbox its token, environment and defaults.
+// POST /init: the control plane gives the sandbox its token, environment and defaults, the address of its event server, a
+// certificate authority, volumes, the time, and the sign that it has been resumed or cloned.
+//
+// Whole requests take effect one after the other, each checked before any of it does: the token first, then whether a newer request
+// was faster. What can hang waits in the background, one of a kind at a time: a file system, a server of files, the metadata
+// service. system.go has what is done to the system's files and mounts.
 
 package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"time"
 )
 
 // Bounds of the body, in bytes: anyone may send one, and it is read before its token is known. 1 MiB of environment is what
-// execve(2) takes at best. Few of the larger ones are read at a time.
+// execve(2) takes at best, and 128 KiB of one variable. Few of the larger bodies are read at a time.
 const (
 	initBodyLimit = 1 << 20
 	initBodySmall = 64 << 10
+	variableLimit = 128<<10 - 1
+
+	initPatience = 20 * time.Second // for the lock and what is done under it
+	filePatience = 5 * time.Second  // for the bundle of certificates
 )
 
-var largeInits = make(chan struct{}, 8)
+var largeInits, hashLookups = make(chan struct{}, 8), make(chan struct{}, 8)
 
 type initService struct {
 	version  string
 	token    *accessToken
 	settings *settings
+	files    *fileService
+	runDir   string // of the files that tell the guest about its sandbox
+	guest    bool   // of Firecracker: the clock is ours, and there is a metadata service
 
-	mu   sync.Mutex // serialises whole requests and protects last
-	last time.Time  // greatest timestamp applied
+	thaw     func() // undoes a freeze: before anything is written
+	setClock func(time.Time)
+	resume   func(entropy ...[]byte)            // what a snapshot or a clone left to do
+	learned  func(m metadata)                   // the host has named the sandbox
+	lock     chan struct{}                      // holds whoever serves a request; protects last
+	last     time.Time                          // greatest timestamp applied
+	work     jobQueue                           // files and polls
+	mounts   jobQueue                           // by path
+	endPoll  atomic.Pointer[context.CancelFunc] // of the newest poll
 }
 
-// initRequest has every field as raw JSON first, so that each error can name its field. encoding/json ignores the case of
+// ---- the request ---------------------------------------------------------------------------------------------------
+
+// initRequest has some fields as raw JSON first, so that each error can name its field. encoding/json ignores the case of
 // keys and treats null as absent.
 type initRequest struct {
 	AccessToken    *json.RawMessage            `json:"accessToken"`
 	EnvVars        map[string]*json.RawMessage `json:"envVars"`
 	DefaultUser    string                      `json:"defaultUser"`
 	DefaultWorkdir string                      `json:"defaultWorkdir"`
+	HyperloopIP    string                      `json:"hyperloopIP"`
 	Timestamp      *string                     `json:"timestamp"`
+	VolumeMounts   []volumeMount               `json:"volumeMounts"`
+	LifecycleID    string                      `json:"lifecycleID"` // without effect: volumes are not unmounted
+	CABundle       string                      `json:"caBundle"`
 
-	token     string
-	hasToken  bool
+	body      []byte
+	token     string // "" for none
 	env       map[string]string
 	timestamp time.Time
 }
 
 func parseInit(body io.Reader) (*initRequest, error) {
 	text, err := io.ReadAll(io.LimitReader(body, initBodySmall))
-	if err == nil && len(text) == initBodySmall {
+	if len(text) == initBodySmall {
 		select {
 		case largeInits <- struct{}{}:
 			defer func() { <-largeInits }()
@@ -63,78 +92,202 @@ func parseInit(body io.Reader) (*initRequest, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the body: %w", err)
 	}
-	req := &initRequest{}
+	req := &initRequest{body: text}
 	if text = bytes.TrimSpace(text); len(text) == 0 {
 		return req, nil
 	}
 	if text[0] != '{' {
 		return nil, errors.New("the body is not a JSON object")
 	}
-	if err := json.Unmarshal(text, req); err != nil {
+	var mismatch *json.UnmarshalTypeError
+	if err := json.Unmarshal(text, req); errors.As(err, &mismatch) {
+		return nil, fmt.Errorf("%s cannot be a JSON %s", mismatch.Field, mismatch.Value)
+	} else if err != nil {
 		return nil, fmt.Errorf("invalid body: %w", err)
 	}
-	if req.AccessToken != nil {
-		raw := *req.AccessToken
-		if bytes.IndexByte(raw, '\\') >= 0 || json.Unmarshal(raw, &req.token) != nil || req.token == "" {
-			return nil, errors.New("accessToken must be a non-empty string without escapes")
-		}
-		req.hasToken = true
+	if raw := req.AccessToken; raw != nil &&
+		(bytes.IndexByte(*raw, '\\') >= 0 || json.Unmarshal(*raw, &req.token) != nil || req.token == "") {
+		return nil, errors.New("accessToken must be a non-empty string without escapes")
 	}
 	req.env = make(map[string]string, len(req.EnvVars))
 	for name, raw := range req.EnvVars {
 		var value string
 		if raw == nil || json.Unmarshal(*raw, &value) != nil {
-			return nil, fmt.Errorf("envVars: the value of %q is not a string", name)
+			return nil, fmt.Errorf("envVars: the value of %.100q is not a string", name)
 		}
 		if name == "" || strings.ContainsAny(name, "=\x00") || strings.Contains(value, "\x00") {
-			return nil, fmt.Errorf("envVars: %q cannot be a variable's name, or its value has a NUL byte", name)
+			return nil, fmt.Errorf("envVars: %.100q cannot be a variable's name, or its value has a NUL byte", name)
+		}
+		if len(name)+len("=")+len(value) > variableLimit {
+			return nil, fmt.Errorf("envVars: %.100q is larger than a variable can be, %d bytes", name, variableLimit)
 		}
 		req.env[name] = value
 	}
 	if req.Timestamp != nil {
 		if req.timestamp, err = time.Parse(time.RFC3339Nano, *req.Timestamp); err != nil {
-			return nil, fmt.Errorf("timestamp is not RFC 3339: %q", *req.Timestamp)
+			return nil, fmt.Errorf("timestamp is not RFC 3339: %.100q", *req.Timestamp)
+		}
+	}
+	if len(req.VolumeMounts) > maxJobs {
+		return nil, fmt.Errorf("volumeMounts: %d of them, at most %d can be mounted at once", len(req.VolumeMounts), maxJobs)
+	}
+	for _, m := range req.VolumeMounts {
+		if _, err := m.server(); err != nil {
+			return nil, fmt.Errorf("volumeMounts: %w", err)
+		}
+	}
+	if req.CABundle != "" {
+		if req.CABundle, err = certificates(req.CABundle); err != nil {
+			return nil, fmt.Errorf("caBundle: %w", err)
 		}
 	}
 	return req, nil
 }
 
-// authorize compares with the token that is set. Only its holder may give it again; nobody may change or clear it.
-func (s *initService) authorize(req *initRequest) error {
-	switch {
-	case !s.token.isSet():
-	case !req.hasToken:
-		return errors.New("access token reset not authorized")
-	case !s.token.matches(req.token):
-		return errors.New("access token validation failed")
-	}
-	return nil
-}
+var errBusy = errors.New("another request holds this one up")
 
 func (s *initService) serve(w http.ResponseWriter, r *http.Request) {
+	arrived := time.Now()
 	w.Header().Set("X-Envd-Version", s.version)
-	http.NewResponseController(w).SetReadDeadline(time.Now().Add(30 * time.Second))
+	http.NewResponseController(w).SetReadDeadline(arrived.Add(30 * time.Second))
 	req, err := parseInit(http.MaxBytesReader(w, r.Body, initBodyLimit))
 	if err != nil {
 		jsonError(w, http.StatusBadRequest, err.Error())
 		return
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err := s.authorize(req); err != nil {
+	ctx, cancel := context.WithTimeout(r.Context(), initPatience)
+	defer cancel()
+	err = s.process(ctx, req, arrived)
+	w.Header().Set("Cache-Control", "no-store")
+	switch {
+	case err == nil:
+		w.WriteHeader(http.StatusNoContent)
+	case err == errTokenWrong, err == errTokenReset:
 		http.Error(w, err.Error(), http.StatusUnauthorized)
-		return
+	case errors.Is(err, errBusy):
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+	default:
+		http.Error(w, err.Error(), http.StatusBadRequest)
 	}
+}
+
+func (s *initService) process(ctx context.Context, req *initRequest, arrived time.Time) error {
+	var host metadata
+	if s.guest && !s.token.matches(req.token) {
+		// Not under the lock: who has no token holds up nobody who has it.
+		select {
+		case hashLookups <- struct{}{}:
+			host, _ = fetchMetadata(ctx)
+			<-hashLookups
+		case <-ctx.Done():
+		}
+		if ctx.Err() != nil {
+			return errBusy
+		}
+	}
+	select {
+	case s.lock <- struct{}{}:
+		defer func() { <-s.lock }()
+	case <-ctx.Done():
+		return errBusy
+	}
+	if err := s.token.mayInit(req.token, host.AccessTokenHash); err != nil {
+		return err
+	}
+	s.thaw()
 	// A request that was overtaken by a newer one changes nothing; an equal timestamp is a retry.
 	if req.Timestamp == nil || !req.timestamp.Before(s.last) {
-		if req.Timestamp != nil {
-			s.last = req.timestamp
-		}
-		s.settings.merge(req.env, req.DefaultUser, req.DefaultWorkdir)
-		if req.hasToken {
-			s.token.set(req.token)
+		if err := s.apply(ctx, req, arrived); err != nil {
+			return err
 		}
 	}
-	w.Header().Set("Cache-Control", "no-store")
-	w.WriteHeader(http.StatusNoContent)
+	if s.guest {
+		s.pollMetadata()
+	}
+	env := s.settings.environment()
+	s.resume([]byte(env["WRENN_SANDBOX_ID"]), []byte(env["WRENN_TEMPLATE_ID"]), []byte(req.timestamp.String()), req.body)
+	return nil
+}
+
+// apply does first what can fail.
+func (s *initService) apply(ctx context.Context, req *initRequest, arrived time.Time) error {
+	if req.Timestamp != nil && s.guest {
+		s.setClock(req.timestamp.Add(time.Since(arrived)))
+	}
+	if req.CABundle != "" {
+		if err := s.installCA(ctx, req.CABundle); err != nil {
+			return err
+		}
+	}
+	if req.Timestamp != nil {
+		s.last = req.timestamp
+	}
+	s.settings.merge(req.env, req.DefaultUser, req.DefaultWorkdir)
+	s.token.set(req.token)
+	if req.HyperloopIP != "" {
+		s.setHyperloop(req.HyperloopIP)
+	}
+	for _, m := range req.VolumeMounts {
+		log := slog.With("logger", "envd", "target", m.Target, "path", m.Path)
+		if !s.mounts.do(filepath.Clean(m.Path), func() {
+			if err := s.mountNFS(m); err != nil {
+				log.Warn("a volume is not mounted", "error", err)
+			}
+		}) {
+			log.Warn("too many volumes are being mounted")
+		}
+	}
+	return nil
+}
+
+// ---- metadata ------------------------------------------------------------------------------------------------------
+
+// pollMetadata asks for the sandbox's ids, from the start if that goes on already; for a minute when they have been known before:
+// a host need not set them again.
+func (s *initService) pollMetadata() {
+	ctx, cancel := context.WithCancel(context.Background())
+	if s.settings.environment()["WRENN_SANDBOX_ID"] != "" {
+		ctx, cancel = context.WithTimeout(ctx, time.Minute)
+	}
+	if end := s.endPoll.Swap(&cancel); end != nil {
+		(*end)()
+	}
+	s.work.do("metadata", func() {
+		defer cancel()
+		m, err := pollMetadata(ctx)
+		if err != nil {
+			return
+		}
+		s.setSystem("SANDBOX_ID", m.InstanceID, 0o666)
+		s.setSystem("TEMPLATE_ID", m.EnvID, 0o666)
+		s.learned(m)
+		slog.Info("the host named the sandbox", "logger", "envd", "sandbox", m.InstanceID, "template", m.EnvID)
+	})
+}
+
+func (s *initService) stopPolling(time.Time) {
+	if end := s.endPoll.Load(); end != nil {
+		(*end)()
+	}
+}
+
+// setSystem sets one of the daemon's own variables, named without its prefix, and replaces its files: who reads one sees the
+// old value or the new one.
+func (s *initService) setSystem(name, value string, mode os.FileMode) {
+	s.settings.setSystem(name, value)
+	files := []string{filepath.Join(s.runDir, ".WRENN_"+name)}
+	if s.settings.e2bNames {
+		files = append(files, filepath.Join(filepath.Dir(filepath.Clean(s.runDir)), "e2b", ".E2B_"+name))
+	}
+	for _, file := range files {
+		os.MkdirAll(filepath.Dir(file), 0o755) // where this fails, the rest does
+		os.Remove(file + ".new")
+		err := os.WriteFile(file+".new", []byte(value), mode)
+		if err == nil {
+			err = os.Rename(file+".new", file)
+		}
+		if err != nil {
+			slog.Warn("the run directory is not writable", "logger", "envd", "error", err)
+		}
+	}
 }

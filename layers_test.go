@@ -28,16 +28,17 @@ import (
 var floors = [][]string{
 	{"main"},
 	{"server", "init", "pid1"},
-	{"process", "fs", "files", "ports", "snapshot"},
+	{"process", "fs", "files", "ports", "snapshot", "metrics"},
 	{"spawn", "watch_inotify", "pipes", "request"},
-	{"output", "pty_linux", "cgroup", "path", "user", "auth", "metrics", "mmds", "log", "settings", "poller", "codec"},
+	{"output", "pty_linux", "cgroup", "path", "user", "auth", "mmds", "log", "settings", "poller", "codec"},
 }
 
 // annexes are files that belong to the room of another name.
-var annexes = map[string]string{"vfork_amd64": "spawn", "vfork_arm64": "spawn"}
+var annexes = map[string]string{"vfork_amd64": "spawn", "vfork_arm64": "spawn", "entry_amd64": "pid1", "entry_arm64": "pid1", "system": "init",
+	"upload": "files", "archive": "files"}
 
 // doors are the references that are allowed between two rooms on one floor.
-var doors = map[[2]string]bool{{"path", "user"}: true}
+var doors = map[[2]string]bool{{"path", "user"}: true, {"log", "mmds"}: true}
 
 // rpcRooms are the only ones that know the messages and the errors of the RPCs.
 var rpcRooms = []string{"main", "server", "process", "fs", "codec"}

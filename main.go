@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -12,12 +13,14 @@ import (
 	"math"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -37,38 +40,48 @@ const standardPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/b
 type config struct {
 	server  serverOptions
 	process processOptions
+	life    lifecycleOptions
 
-	port          int
-	listen        string
-	showVersion   bool
-	showCommit    bool
-	cmd           string
-	cgroupRoot    string
-	cgroupRootSet bool
-	noCgroups     bool
-	runDir        string
-	allowOrigin   string
-	stopTimeout   time.Duration
-	startTimeout  time.Duration
-	output        outputMemory
+	port         int
+	listen       string
+	showVersion  bool
+	showCommit   bool
+	cmd          string
+	cgroupRoot   string
+	noCgroups    bool
+	pidsMax      int
+	forward      netip.Addr
+	runDir       string
+	nameservers  string
+	ignoredWords []string
+	e2bNames     bool
+	stopTimeout  time.Duration
+	startTimeout time.Duration
+	output       outputMemory
+	watcherIdle  time.Duration
 }
 
-func parseFlags(args []string, errOut io.Writer) (*config, error) {
-	c := &config{}
-	f := flag.NewFlagSet("envd", flag.ContinueOnError)
-	f.SetOutput(errOut)
-	var ignored bool
+func parseFlags() *config {
+	c := &config{server: serverOptions{version: version}}
+	f := flag.NewFlagSet("envd", flag.ExitOnError)
 	f.IntVar(&c.port, "port", 49983, "General: TCP `port` to listen on")
 	f.StringVar(&c.listen, "listen", "", "General: `address` to listen on (default all interfaces)")
 	f.BoolVar(&c.server.isnotfc, "isnotfc", false, "General: not in a Firecracker guest: a developer's machine")
+	f.TextVar(&c.forward, "forward-address", netip.AddrFrom4([4]byte{169, 254, 0, 21}), "General: `address` at which ports that listen on loopback alone are reachable as well; empty: none")
 	f.StringVar(&c.cmd, "cmd", "", "General: shell `command` to run at start, as the default user, with the tag startCmd")
 	f.StringVar(&c.runDir, "run-dir", "/run/wrenn", "General: `directory` for the files that tell the guest about its sandbox")
+	f.StringVar(&c.nameservers, "nameservers", "8.8.8.8,1.1.1.1", "As process 1: comma-separated `addresses` for an empty /etc/resolv.conf, where ip= names none")
+	f.BoolVar(&c.e2bNames, "e2b-names", false, "General: E2B's names, too, for the sandbox's variables, its files and its event server")
 	f.BoolVar(&c.showVersion, "version", false, "General: print the version and exit")
 	f.BoolVar(&c.showCommit, "commit", false, "General: print the commit and exit")
-	f.StringVar(&c.allowOrigin, "allow-origin", "", "Who may ask: comma-separated `origins` of web pages that may ask without a token under --isnotfc; * allows all")
+	f.Func("allow-origin", "Who may ask: comma-separated `origins` of web pages that may ask without a token under --isnotfc; * allows all", func(list string) error {
+		c.server.allowedOrigins = strings.Split(list, ",")
+		return nil
+	})
 	f.BoolVar(&c.server.noLocalClients, "no-local-clients", false, "Who may ask: refuse every peer that has one of this machine's own addresses")
-	f.StringVar(&c.cgroupRoot, "cgroup-root", "/sys/fs/cgroup", "Control groups: cgroup2 `directory` for the groups of processes; under --isnotfc only if given")
+	f.StringVar(&c.cgroupRoot, "cgroup-root", "", "Control groups: cgroup2 `directory` for the groups of processes (default /sys/fs/cgroup; under --isnotfc envd's own)")
 	f.BoolVar(&c.noCgroups, "no-cgroups", false, "Control groups: use process groups only")
+	f.IntVar(&c.pidsMax, "pids-max", 0, "Control groups: `count` of processes and threads in the group of terminals, and in that of other processes (default 7/16 of the kernel's limit)")
 	f.DurationVar(&c.process.endSilence, "end-silence", 250*time.Millisecond, "Processes: how long background children of an ended process must be silent before its stream ends")
 	f.DurationVar(&c.process.endGrace, "end-grace", 2*time.Second, "Processes: how long they may talk on before it ends all the same")
 	f.DurationVar(&c.process.retainTime, "retain-time", 10*time.Minute, "Processes: how long the status and output of an ended process are kept")
@@ -83,29 +96,32 @@ func parseFlags(args []string, errOut io.Writer) (*config, error) {
 	f.DurationVar(&c.process.stallAlone, "stall-timeout", 60*time.Second, "Streams: how long a client may take no output before its stream is cut")
 	f.DurationVar(&c.process.stallShared, "stall-timeout-shared", 10*time.Second, "Streams: the same while another client waits because of it")
 	f.DurationVar(&c.process.keepAlive, "keepalive-interval", 90*time.Second, "Streams: interval of keep-alive events, where the client names none")
+	f.DurationVar(&c.watcherIdle, "watcher-idle", time.Hour, "Streams: how long a polling watcher is kept that no client asks")
 	f.DurationVar(&c.server.headerTimeout, "header-timeout", 30*time.Second, "Server: how long a client may take to send a request's header")
 	f.DurationVar(&c.server.idleTimeout, "idle-timeout", 640*time.Second, "Server: how long a connection is kept open between requests")
 	f.IntVar(&c.server.maxWaiting, "max-waiting-connections", 512, "Server: `count` of connections that may wait for a request or the rest of one; beyond it the oldest is closed")
 	f.IntVar(&c.server.maxRequests, "max-requests", 8192, "Server: `count` of requests, streams among them, that may be served at once")
 	f.DurationVar(&c.stopTimeout, "stop-timeout", 5*time.Second, "Server: how long requests may take to finish after SIGTERM")
-	f.BoolVar(&ignored, "verbose", false, "Without effect: accepted for launchers of other agents")
-	f.BoolVar(&ignored, "resume-handover", false, "Without effect: the same")
+	f.DurationVar(&c.life.syncTimeout, "sync-timeout", 2400*time.Millisecond, "Snapshots: how long preparing one waits for the disk; 0s: dirty data is not written")
+	f.DurationVar(&c.life.backstop, "prepared-timeout", 30*time.Second, "Snapshots: how long the sandbox stays prepared for one when nobody asks for /health or /init")
+	f.DurationVar(&c.life.thawTimeout, "thaw-timeout", 10*time.Minute, "Snapshots: how long processes and files stay frozen when nobody thaws them")
+	f.Bool("verbose", false, "Without effect: accepted for launchers of other agents")
+	f.Bool("resume-handover", false, "Without effect: the same")
 	f.Usage = func() { printFlags(f) }
-	if err := f.Parse(args); err != nil {
-		return nil, err
-	}
-	f.Visit(func(fl *flag.Flag) { c.cgroupRootSet = c.cgroupRootSet || fl.Name == "cgroup-root" })
-	if f.NArg() > 0 {
-		err := fmt.Errorf("unexpected argument: %s", f.Arg(0))
-		fmt.Fprintln(errOut, err)
+	if os.Getpid() == 1 {
+		f.Init("envd", flag.ContinueOnError)
+		c.ignoredWords = parseKernelWords(f, os.Args[1:])
+	} else if f.Parse(os.Args[1:]); f.NArg() > 0 {
+		fmt.Fprintf(os.Stderr, "unexpected argument: %s\n", f.Arg(0))
 		f.Usage()
-		return nil, err
+		os.Exit(2)
 	}
-	return c, nil
+	return c
 }
 
 // flagGroups are the headings of --help; each flag's text begins with one.
-var flagGroups = []string{"General", "Who may ask", "Control groups", "Processes", "Output", "Streams", "Server", "Without effect"}
+var flagGroups = []string{"General", "As process 1", "Who may ask", "Control groups", "Processes", "Output", "Streams", "Server", "Snapshots",
+	"Without effect"}
 
 func printFlags(f *flag.FlagSet) {
 	out := f.Output()
@@ -125,12 +141,8 @@ func printFlags(f *flag.FlagSet) {
 }
 
 func main() {
-	c, err := parseFlags(os.Args[1:], os.Stderr)
+	c := parseFlags()
 	switch {
-	case errors.Is(err, flag.ErrHelp):
-		return
-	case err != nil:
-		os.Exit(2)
 	case c.showVersion:
 		fmt.Println(version)
 	case c.showCommit:
@@ -142,91 +154,198 @@ func main() {
 
 // run serves until SIGTERM or SIGINT.
 func run(c *config) int {
-	slog.SetDefault(newLogger(os.Stdout, c.server.isnotfc))
+	guest, isInit := !c.server.isnotfc, os.Getpid() == 1
+	ownsMachine := guest && isInit // else it is a container's process 1
+	exporter := &logExporter{off: !guest}
+	slog.SetDefault(newLogger(io.MultiWriter(exporter, os.Stdout), !guest))
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // that nobody reads the log any more ends nothing
+	if isInit {
+		heedAsInit(signals)
+	}
+	var network <-chan struct{}
+	if ownsMachine {
+		network = boot(c.nameservers)
+	}
+	if len(c.ignoredWords) > 0 {
+		slog.Warn("words on the command line have no effect", "logger", "init", "words", c.ignoredWords)
+	}
 	debug.SetGCPercent(50) // memory is dearer than time: the live heap is a few MiB, mostly output
-	prepareProcess(c)
-	listener, err := net.Listen("tcp", net.JoinHostPort(c.listen, strconv.Itoa(c.port)))
-	if err != nil {
+	prepareProcess(guest)
+	listener, err := listen(c, signals, ownsMachine)
+	poller, failure := newPoller()
+	if err = cmp.Or(err, failure); err != nil {
 		fmt.Fprintln(os.Stderr, "envd:", err)
 		return 1
 	}
 
-	users := &userDB{}
-	token := &accessToken{}
-	settings := &settings{defaultUser: startUser(users),
-		env: map[string]string{"WRENN_SANDBOX": strconv.FormatBool(!c.server.isnotfc)}}
-	writeRunDir(c)
-	poller, err := newPoller()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "envd:", err)
-		return 1
-	}
+	users, token := &userDB{}, &accessToken{}
+	settings := &settings{defaultUser: "root", e2bNames: c.e2bNames, env: map[string]string{}}
+	stopping, streams := make(chan struct{}), &atomic.Int64{}
+	c.process.path = cmp.Or(os.Getenv("PATH"), standardPath)
 	spawner := newSpawner(c.startTimeout, poller)
-	spawner.cgroups = openCgroupRoot(c)
-	defer spawner.cgroups.close()
-	stopping := make(chan struct{})
-	memory := &c.output
-	if memory.liveLimit == 0 {
-		memory.liveLimit = int64(totalMemory() / 16)
-	}
-	if c.process.path = os.Getenv("PATH"); c.process.path == "" {
-		c.process.path = standardPath
-	}
+	ports := newPorts(c.forward, listener.Addr().(*net.TCPAddr).Port)
+	defer ports.quiesce(time.Time{})
 	processes := &processService{processOptions: c.process, users: users, settings: settings, spawner: spawner,
-		poller: poller, memory: memory, stopping: stopping, running: map[uint32]*process{}}
+		onStart: ports.started, streams: streams, poller: poller, memory: &c.output, stopping: stopping, byPid: map[uint32]*process{}}
+	filesystem := &fsService{users: users, settings: settings, keepAlive: c.process.keepAlive, idle: c.watcherIdle,
+		stopping: stopping, streams: streams, watchers: map[string]*pollingWatcher{}}
+	files := &fileService{users: users, token: token, settings: settings}
+	life := newLifecycle(c.life, guest)
+	metrics := &metrics{others: func() []figure {
+		return []figure{
+			{"envd_processes_running", "Processes that clients have started and that run.", float64(processes.running.Load())},
+			{"envd_streams_open", "Streams of output, input and events that are open.", float64(streams.Load())},
+			{"envd_output_lost_bytes_total", "Output that was dropped before any client had been sent it.", float64(c.output.lost.Load())},
+			{"envd_watch_overflows_total", "Watchers that ended because events were lost.", float64(filesystem.overflows.Load())},
+			{"envd_restores_total", "Preparations of a snapshot that the daemon has recovered from.", float64(life.restores.Load())},
+		}
+	}}
+	initer := &initService{version: version, token: token, settings: settings, files: files, runDir: c.runDir, guest: guest,
+		lock: make(chan struct{}, 1), thaw: life.thaw, setClock: life.stepClock,
+		resume: func(entropy ...[]byte) { life.reseed(entropy...); life.restore(prepareWait) },
+		learned: func(m metadata) {
+			life.reseed([]byte(m.InstanceID), []byte(m.EnvID))
+			exporter.redirect(m.Address, m.InstanceID, m.EnvID)
+		},
+	}
+	srv := newServer(c.server, token, users, life)
+	srv.services = sync.OnceValue(func() map[string]http.Handler {
+		process, processHandler := pb.NewProcessHandler(processes, rpcOptions()...)
+		fs, fsHandler := pb.NewFilesystemHandler(filesystem, append(rpcOptions(), boundFileCalls)...)
+		return map[string]http.Handler{process: processHandler, fs: fsHandler}
+	})
+	srv.routes = []route{
+		{"GET", "/health", true, srv.health},
+		{"POST", "/init", true, initer.serve},
+		{"POST", "/snapshot/prepare", true, srv.prepare},
+		{"GET", "/envs", false, func(w http.ResponseWriter, r *http.Request) { writeJSON(w, settings.environment()) }},
+		{"GET", "/metrics", false, metrics.serve},
+		{"GET", "/files", true, files.download},
+		{"HEAD", "/files", true, files.download},
+		{"POST", "/files", true, files.upload},
+		{"POST", "/files/compose", false, files.compose},
+		{"POST", "/freeze", false, life.freeze},
+		{"POST", "/unfreeze", false, life.control(life.thawGroups)},
+		{"POST", "/fsfreeze", false, life.control(life.freezeFiles)},
+		{"POST", "/fsthaw", false, life.control(life.thawFiles)},
+	}
+	life.hooks = []lifecycleHook{{"connections", srv.quiesce, srv.resume}, {"ports", ports.quiesce, ports.resume},
+		{"metrics", nil, metrics.discard}, {"logs", exporter.quiesce, exporter.resume}}
+	if guest {
+		life.hooks = append(life.hooks, lifecycleHook{"metadata", initer.stopPolling, initer.pollMetadata})
+	}
+	if ownsMachine {
+		<-network
+	}
+	go srv.http.Serve(tireless{listener})
 
-	c.server.version = version
-	c.server.allowedOrigins = strings.Split(c.allowOrigin, ",")
-	srv := newServer(c.server, token, settings, users)
-	initer := &initService{version: version, token: token, settings: settings}
-	srv.handle(route{"POST", "/init", true, initer.serve})
-	srv.service(pb.NewProcessHandler(processes, rpcOptions...))
-	httpServer := srv.httpServer()
-
-	// These live as long as the daemon does.
-	go poller.run()
-	if os.Getpid() == 1 {
+	// From here on /health is answered; other requests wait for what follows.
+	if uid := os.Geteuid(); uid != 0 {
+		settings.defaultUser = users.now().names.of(uint32(uid))
+	}
+	initer.setSystem("SANDBOX", strconv.FormatBool(guest), 0o444)
+	cgroups := openCgroupRoot(c)
+	defer cgroups.close()
+	spawner.cgroups, life.cgroups = cgroups, cgroups
+	c.output.liveLimit = cmp.Or(c.output.liveLimit, int64(totalMemory()/16))
+	ticks := []func(time.Time){processes.tick, filesystem.tick, ports.tick, srv.tick, life.tick,
+		(&trimmer{served: srv.served.Load}).tick}
+	if guest && os.Geteuid() == 0 && ownMachine() {
+		raiseWatchLimits()
+		ticks = append(ticks, (&reclaimer{busy: life.preparing}).tick)
+	}
+	metrics.sample(time.Now())
+	go poller.run() // this and what follows lives as long as the daemon does
+	if isInit {
 		go spawner.reapOrphans()
 	}
 	go func() {
 		for now := range time.Tick(time.Second) {
-			processes.tick(now)
+			for _, tick := range ticks {
+				tick(now)
+			}
 		}
 	}()
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
-	failed := make(chan error, 1)
-	go func() { failed <- httpServer.Serve(listener) }()
+	close(srv.ready)
 	slog.Info("listening", "logger", "envd", "address", listener.Addr().String(), "version", version)
+	if guest {
+		initer.pollMetadata()
+	}
 	if c.cmd != "" {
 		go processes.runAtStart(c.cmd)
 	}
 
-	code := 0
-	select {
-	case s := <-signals:
-		slog.Info("stopping; processes live on", "logger", "envd", "signal", s.String())
-	case err := <-failed:
-		slog.Error("serving failed", "logger", "envd", "error", err)
-		code = 1
+	reason := <-signals
+	slog.Info("stopping", "logger", "envd", "signal", reason.String(), "processes_live_on", !isInit)
+	life.thaw() // what is frozen sees no signal
+	if isInit {
+		listener.Close()
+		endProcesses()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second/4) // their clients see them end
+		srv.http.Shutdown(ctx)
+		cancel()
+		c.stopTimeout = min(c.stopTimeout, time.Second)
 	}
 	close(stopping)
-	srv.waiting.closeAll()
+	srv.conns.each(func(conn net.Conn, o *connection) {
+		if o.place != nil { // requests are waited for, but not their clients
+			conn.Close()
+		}
+	})
 	ctx, cancel := context.WithTimeout(context.Background(), c.stopTimeout*9/10)
 	defer cancel()
-	if err := httpServer.Shutdown(ctx); err != nil {
-		httpServer.Close()
+	srv.http.Shutdown(ctx)
+	srv.http.Close()
+	if ownsMachine {
+		powerOff(reason == syscall.SIGINT)
 	}
-	return code
+	return 0
+}
+
+// listen is patient as process 1: the address may belong to a network card that is still to come.
+func listen(c *config, signals <-chan os.Signal, patient bool) (listener net.Listener, err error) {
+	for said := false; ; said = true {
+		listener, err = net.Listen("tcp", net.JoinHostPort(c.listen, strconv.Itoa(c.port)))
+		if err == nil || !patient {
+			return listener, err
+		}
+		if !said {
+			slog.Error("cannot listen, will try again", "logger", "envd", "error", err)
+		}
+		select {
+		case s := <-signals:
+			powerOff(s == syscall.SIGINT)
+			return nil, err
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
 
 // maxMessage bounds a request's message, in bytes, decompressed: it is held in memory a few times over.
 const maxMessage = 16 << 20
 
+// boundFileCalls bounds what file systems can make hang; the streams, which last, are no part of it.
+var boundFileCalls = connect.WithInterceptors(connect.UnaryInterceptorFunc(func(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		turn := turn{ctx: ctx}
+		if err := turn.take(patience); err == errFilesHang {
+			return nil, connect.NewError(connect.CodeResourceExhausted, err)
+		} else if err != nil {
+			return nil, err
+		}
+		defer turn.giveUp()
+		return next(ctx, req)
+	}
+}))
+
 // rpcOptions are common to both services. Compressed requests are taken, but nothing is worth compressing on the way from a
 // guest to its host: it would cost ten times what the transfer costs.
-var rpcOptions = []connect.HandlerOption{connect.WithRecover(recovered), connect.WithCompressMinBytes(math.MaxInt), connect.WithReadMaxBytes(maxMessage),
-	connect.WithCodec(protoCodec{}), connect.WithCodec(jsonCodec{"json"}), connect.WithCodec(jsonCodec{"json; charset=utf-8"})}
+func rpcOptions() []connect.HandlerOption {
+	return []connect.HandlerOption{connect.WithRecover(recovered), connect.WithCompressMinBytes(math.MaxInt), connect.WithReadMaxBytes(maxMessage),
+		connect.WithCodec(protoCodec{}), connect.WithCodec(jsonCodec{"json"}), connect.WithCodec(jsonCodec{"json; charset=utf-8"})}
+}
 
 // recovered answers for a handler that panicked: an error of that request only.
 func recovered(_ context.Context, spec connect.Spec, _ http.Header, reason any) error {
@@ -235,53 +354,33 @@ func recovered(_ context.Context, spec connect.Spec, _ http.Header, reason any) 
 }
 
 // prepareProcess makes what children inherit independent of how the daemon was started.
-func prepareProcess(c *config) {
+func prepareProcess(guest bool) {
 	syscall.Umask(0o022)
 	unix.CloseRange(3, 1<<32-1, unix.CLOSE_RANGE_CLOEXEC)
 	if os.Geteuid() == 0 {
 		unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
-		if !c.server.isnotfc { // in a guest the OOM killer takes anyone but the agent
+		if guest { // the OOM killer takes anyone but the agent
 			os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
 		}
 	}
 }
 
-// startUser is the default user until /init names one: root, or whoever runs the daemon.
-func startUser(users *userDB) string {
-	if uid := os.Geteuid(); uid != 0 {
-		return users.userName(uint32(uid))
-	}
-	return "root"
-}
-
-// writeRunDir tells the guest that it is (or is not) a sandbox.
-func writeRunDir(c *config) {
-	file := filepath.Join(c.runDir, ".WRENN_SANDBOX")
-	err := os.MkdirAll(c.runDir, 0o755)
-	if err == nil {
-		os.Remove(file)
-		err = os.WriteFile(file, []byte(strconv.FormatBool(!c.server.isnotfc)), 0o444)
-	}
-	if err != nil {
-		slog.Warn("the run directory is not writable", "logger", "envd", "error", err)
-	}
-}
-
 // openCgroupRoot gives nil, and a warning, where there is no cgroup2 to use.
-func openCgroupRoot(c *config) *cgroups {
+func openCgroupRoot(c *config) (g *cgroups) {
 	if c.noCgroups {
 		return nil
 	}
-	open := func() (*cgroups, error) { return openCgroups(c.cgroupRoot) }
-	if c.server.isnotfc && !c.cgroupRootSet {
-		open = openOwnCgroups
+	var err error
+	if c.server.isnotfc && c.cgroupRoot == "" {
+		g, err = openOwnCgroups()
+	} else if g, err = openCgroups(cmp.Or(c.cgroupRoot, "/sys/fs/cgroup")); err == nil {
+		g.limit(totalMemory(), c.pidsMax)
 	}
-	cg, err := open()
 	if err != nil {
 		slog.Warn("no cgroup leaves; process groups serve instead", "logger", "cgroup", "error", err)
 		return nil
 	}
-	return cg
+	return g
 }
 
 func totalMemory() uint64 {

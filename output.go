@@ -12,8 +12,11 @@
 package main
 
 import (
+	"cmp"
 	"slices"
+	"sort"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -52,33 +55,34 @@ type outputMemory struct {
 	liveLimit  int64
 	endedLimit int64
 	grace      time.Duration
+	lost       atomic.Int64 // bytes that were dropped before any client had been sent them
 
 	mu          sync.Mutex // protects everything below, and every log and subscriber
-	live, ended int64      // buffer bytes held by endedLogs and by all others
+	live, ended int64      // buffer bytes held by logs that have ended and that nobody follows, and by all others
 	short       bool       // readers are held because live is at its limit
 	seq         uint64
-	liveLogs    []*outputLog
-	endedLogs   []*outputLog // that nobody follows; the longest ended first
+	logs        []*outputLog
 }
 
 type outputLog struct {
 	m          *outputMemory
+	budget     *int64 // m.live or m.ended
 	chunks     []chunk
 	first, end int64 // offsets of the oldest byte kept and behind the newest
 	sent       int64 // offset behind the last byte that any client was sent
 	subs       []*subscriber
-	graceUntil time.Time
-	waiting    []*reader // those that are held
+	missed     int      // subscribers that left before the end a moment ago, and may come back
+	waiting    []reader // those that are held
 	finished   bool
 	cut        bool // a subscriber was cut, and may have a piece in hand for ever
-	settled    bool // in the budget of the ended ones
-	forgotten  bool
+	forgotten  bool // nobody will come back
 }
 
 // A subscriber is one stream that follows a log. Only its own goroutine calls its methods.
 type subscriber struct {
 	log      *outputLog
 	pos      int64         // everything before was sent
+	lost     int64         // bytes between what was asked for and the first pos that are gone
 	limit    int64         // where this stream ends, once the process has ended; -1 before
 	notify   chan struct{} // holds a value when there may be something new
 	progress time.Time     // when it last took something, or when something to take first appeared
@@ -90,29 +94,30 @@ type subscriber struct {
 }
 
 func (m *outputMemory) newLog() *outputLog {
-	l := &outputLog{m: m}
+	l := &outputLog{m: m, budget: &m.live}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.liveLogs = append(m.liveLogs, l)
+	m.logs = append(m.logs, l)
 	return l
 }
 
 // reader is what reads a pipe into the log.
-type reader struct {
-	hold, resume func()          // stop and go on reading by itself; called under the log's lock
-	pull         func(bytes int) // read now: a subscriber has nothing left to send
+type reader interface {
+	arm()           // has it read by itself, once; called under the log's lock
+	pull(bytes int) // reads now: a subscriber has nothing left to send
 }
 
-// room tells how many bytes may be read next. If none, the reader is held until some may.
-func (l *outputLog) room(r *reader) (bytes int) {
+// room tells how many bytes may be read next. If none, the reader is held until some may: then it is armed.
+func (l *outputLog) room(r reader) (bytes int) {
 	l.m.mu.Lock()
 	defer l.m.mu.Unlock()
-	if l.fullLocked() {
-		r.hold()
-		l.waiting = append(l.waiting, r)
-		return 0
+	if !l.fullLocked() {
+		return l.m.pieceLocked()
 	}
-	return l.m.pieceLocked()
+	if !slices.Contains(l.waiting, r) {
+		l.waiting = append(l.waiting, r)
+	}
+	return 0
 }
 
 // pieceLocked is how many bytes a reader may take at once: where memory is short, thousands of stalled streams must not
@@ -141,28 +146,27 @@ func (l *outputLog) fullLocked() bool {
 	return pending >= outputPending || !slices.ContainsFunc(l.subs, ready)
 }
 
-// held tells whether a reader waits for a subscriber: then the clocks at the end of a process stand still.
-func (l *outputLog) held() bool {
+// state is for the end of a process: how far the output goes, and whether a reader waits for a subscriber.
+func (l *outputLog) state() (end int64, held bool) {
 	l.m.mu.Lock()
 	defer l.m.mu.Unlock()
-	return len(l.waiting) > 0
+	return l.end, len(l.waiting) > 0
 }
 
 // attendedLocked: followed, or left so recently that the client may come back; not where memory is short.
 func (l *outputLog) attendedLocked() bool {
-	return len(l.subs) > 0 || l.m.live+l.m.ended <= l.m.liveLimit && time.Now().Before(l.graceUntil)
+	return len(l.subs) > 0 || l.missed > 0 && !l.goneLocked() && l.m.live+l.m.ended <= l.m.liveLimit
 }
+
+// goneLocked: nobody follows the log, nor will.
+func (l *outputLog) goneLocked() bool { return l.forgotten && l.finished && len(l.subs) == 0 }
 
 // slowestLocked is the offset up to which every subscriber has been served.
 func (l *outputLog) slowestLocked() int64 {
 	if len(l.subs) == 0 {
 		return l.sent
 	}
-	pos := l.subs[0].pos
-	for _, s := range l.subs[1:] {
-		pos = min(pos, s.pos)
-	}
-	return pos
+	return slices.MinFunc(l.subs, func(a, b *subscriber) int { return cmp.Compare(a.pos, b.pos) }).pos
 }
 
 // append adds what was read. It tells whether the log keeps buf itself, so that the reader takes another one.
@@ -179,14 +183,8 @@ func (l *outputLog) append(kind outputKind, buf []byte, n int) (kept bool) {
 		l.end += int64(fits)
 		data = data[fits:]
 	}
-	switch {
-	case len(data) == 0:
-	case l.forgotten && l.finished && len(l.subs) == 0:
-		l.end += int64(len(data))
-		l.first = l.end
-	default:
-		kept = len(data) == n && n >= keepWhole
-		if !kept {
+	if len(data) > 0 {
+		if kept = n >= keepWhole; !kept {
 			// Room for what follows: a command that writes line by line must not cost a buffer a line.
 			size := 512
 			if last := len(l.chunks) - 1; last >= 0 {
@@ -196,53 +194,71 @@ func (l *outputLog) append(kind outputKind, buf []byte, n int) (kept bool) {
 		}
 		l.chunks = append(l.chunks, chunk{kind: kind, off: l.end, seq: m.seq, data: data})
 		l.end += int64(len(data))
-		l.accountLocked(int64(cap(data)))
+		*l.budget += int64(cap(data))
 	}
 	for _, s := range l.subs {
 		s.wakeLocked()
 	}
-	l.trimLocked()
+	l.settleLocked()
 	return kept
 }
 
-func (l *outputLog) accountLocked(bytes int64) {
-	if l.settled {
-		l.m.ended += bytes
-	} else {
-		l.m.live += bytes
+// settleLocked follows each change. An ended log that nobody will come back to soon moves to the budget of the ended ones, a
+// forgotten one goes; this log, then all of them together, come back to their bounds; held readers go on where there is room.
+func (l *outputLog) settleLocked() {
+	m := l.m
+	if l.goneLocked() {
+		m.logs = without(m.logs, l)
+	} else if l.finished && l.budget == &m.live && !l.attendedLocked() {
+		for _, c := range l.chunks {
+			m.live -= int64(cap(c.data))
+			m.ended += int64(cap(c.data))
+		}
+		l.budget = &m.ended
+	}
+	for l.droppableLocked() && l.chunks[0].end() <= l.keepFromLocked() {
+		l.dropLocked()
+	}
+	m.shrinkLocked(&m.live, m.liveLimit)
+	m.shrinkLocked(&m.ended, m.endedLimit)
+	changed := []*outputLog{l}
+	if m.short && m.live <= m.liveLimit {
+		m.short, changed = false, append(changed, m.logs...) // the one that goes is no longer among them
+	}
+	for _, o := range changed {
+		if len(o.waiting) > 0 && !o.fullLocked() {
+			for _, r := range o.waiting {
+				r.arm()
+			}
+			o.waiting = nil
+		}
 	}
 }
 
-// trimLocked brings this log, then all of them together, back to their bounds.
-func (l *outputLog) trimLocked() {
-	m := l.m
-	for !l.settled && l.droppableLocked() && l.chunks[0].end() <= l.keepFromLocked() {
-		l.dropLocked()
-	}
-	for m.live > m.liveLimit {
+// shrinkLocked frees chunks until a budget is kept: of unattended logs first, then by age.
+func (m *outputMemory) shrinkLocked(budget *int64, limit int64) {
+	for *budget > limit {
 		var oldest *outputLog
-		for _, o := range m.liveLogs {
-			if o.droppableLocked() && (oldest == nil || o.olderLocked(oldest)) {
+		for _, o := range m.logs {
+			if o.budget == budget && o.droppableLocked() && (oldest == nil || o.ageLocked() < oldest.ageLocked()) {
 				oldest = o
 			}
 		}
 		if oldest == nil {
-			break
+			return
 		}
 		oldest.dropLocked()
-	}
-	for i := 0; m.ended > m.endedLimit && i < len(m.endedLogs); {
-		if o := m.endedLogs[i]; o.droppableLocked() {
-			o.dropLocked()
-		} else {
-			i++
-		}
 	}
 }
 
 // keepFromLocked is the offset from which this log keeps its bytes, as far as the common budget allows.
 func (l *outputLog) keepFromLocked() int64 {
-	if l.attendedLocked() {
+	switch {
+	case l.goneLocked():
+		return l.end
+	case l.budget == &l.m.ended:
+		return l.first
+	case l.attendedLocked():
 		return l.slowestLocked() - l.m.resume
 	}
 	return l.end - l.m.perLog
@@ -253,12 +269,11 @@ func (l *outputLog) droppableLocked() bool {
 	return len(l.chunks) > 0 && (!l.attendedLocked() || l.chunks[0].end() <= l.slowestLocked())
 }
 
-// olderLocked orders the logs that may drop something: unattended ones first, then by age.
-func (l *outputLog) olderLocked(o *outputLog) bool {
-	if a, b := l.attendedLocked(), o.attendedLocked(); a != b {
-		return b
+func (l *outputLog) ageLocked() uint64 {
+	if l.attendedLocked() {
+		return l.chunks[0].seq | 1<<63
 	}
-	return l.chunks[0].seq < o.chunks[0].seq
+	return l.chunks[0].seq
 }
 
 func (l *outputLog) dropLocked() {
@@ -269,7 +284,8 @@ func (l *outputLog) dropLocked() {
 		readBuffers.Put((*[outputChunk]byte)(c.data[:outputChunk])) // no subscriber has it in hand
 	}
 	l.first = c.end()
-	l.accountLocked(-int64(cap(c.data)))
+	l.m.lost.Add(max(0, c.end()-max(c.off, l.sent)))
+	*l.budget -= int64(cap(c.data))
 }
 
 // Where a subscription begins: at an offset, or at one of these.
@@ -278,9 +294,8 @@ const (
 	fromNow
 )
 
-// subscribe attaches a stream. It tells the offset of the stream's first byte and how many of the bytes that were asked
-// for are gone; ok is false when the offset lies past the end.
-func (l *outputLog) subscribe(from int64, onCut func()) (s *subscriber, lost int64, ok bool) {
+// subscribe attaches a stream, unless the offset lies past the end.
+func (l *outputLog) subscribe(from int64, onCut func()) *subscriber {
 	l.m.mu.Lock()
 	defer l.m.mu.Unlock()
 	switch from {
@@ -290,16 +305,17 @@ func (l *outputLog) subscribe(from int64, onCut func()) (s *subscriber, lost int
 		from = l.end
 	}
 	if from > l.end {
-		return nil, 0, false
+		return nil
 	}
-	s = &subscriber{log: l, pos: max(from, l.first), limit: -1, notify: make(chan struct{}, 1), onCut: onCut,
+	pos := max(from, l.first)
+	s := &subscriber{log: l, pos: pos, lost: pos - from, limit: -1, notify: make(chan struct{}, 1), onCut: onCut,
 		progress: time.Now()}
 	if l.finished {
 		s.limit = l.end
 	}
 	l.subs = append(l.subs, s)
-	l.roomLocked()
-	return s, s.pos - from, true
+	l.settleLocked()
+	return s
 }
 
 // finish says that the process has ended: each stream ends at the byte that is the newest now.
@@ -323,50 +339,6 @@ func (l *outputLog) forget() {
 	l.settleLocked()
 }
 
-// settleLocked follows each change of who follows the log: an ended one that nobody will come back to soon moves to the
-// budget of the ended ones, a forgotten one goes, and readers that were held look again.
-func (l *outputLog) settleLocked() {
-	m := l.m
-	switch {
-	case !l.finished || len(l.subs) > 0:
-	case l.forgotten:
-		for len(l.chunks) > 0 {
-			l.dropLocked()
-		}
-		m.liveLogs, m.endedLogs = without(m.liveLogs, l), without(m.endedLogs, l)
-	case !l.settled && !l.attendedLocked():
-		for _, c := range l.chunks {
-			m.live -= int64(cap(c.data))
-			m.ended += int64(cap(c.data))
-		}
-		l.settled = true
-		m.liveLogs, m.endedLogs = without(m.liveLogs, l), append(m.endedLogs, l)
-	}
-	l.trimLocked()
-	l.roomLocked()
-}
-
-// roomLocked lets readers go on where there is room: this log's, and others that waited for the shared budget.
-func (l *outputLog) roomLocked() {
-	l.resumeLocked()
-	if l.m.short && l.m.live <= l.m.liveLimit {
-		l.m.short = false
-		for _, o := range l.m.liveLogs {
-			o.resumeLocked()
-		}
-	}
-}
-
-func (l *outputLog) resumeLocked() {
-	if len(l.waiting) == 0 || l.fullLocked() {
-		return
-	}
-	for _, r := range l.waiting {
-		r.resume()
-	}
-	l.waiting = nil
-}
-
 func (s *subscriber) wakeLocked() {
 	select {
 	case s.notify <- struct{}{}:
@@ -387,13 +359,7 @@ func (s *subscriber) next() (kind outputKind, data []byte, done, cut bool) {
 		s.done = s.limit >= 0
 		return 0, nil, s.done, false
 	}
-	i, _ := slices.BinarySearchFunc(l.chunks, s.pos, func(c chunk, pos int64) int {
-		if c.end() <= pos {
-			return -1
-		}
-		return 1
-	})
-	c := &l.chunks[i]
+	c := &l.chunks[sort.Search(len(l.chunks), func(i int) bool { return l.chunks[i].end() > s.pos })]
 	data = c.data[s.pos-c.off:]
 	if s.given = time.Now(); s.slow {
 		data = data[:min(len(data), 8<<10)]
@@ -414,12 +380,11 @@ func (s *subscriber) sent(n int) {
 	took := s.progress.Sub(s.given)
 	s.slow = took > time.Second || s.slow && took > 50*time.Millisecond
 	l.sent = max(l.sent, s.pos)
-	l.trimLocked()
-	var pull []*reader
+	var pull []reader
 	if s.pos == l.end && !l.fullLocked() {
 		pull, l.waiting = l.waiting, nil
 	}
-	l.roomLocked()
+	l.settleLocked()
 	piece := l.m.pieceLocked()
 	l.m.mu.Unlock()
 	for _, r := range pull {
@@ -436,23 +401,23 @@ func (s *subscriber) detach() {
 		return
 	}
 	if !s.done {
-		l.graceUntil = time.Now().Add(l.m.grace)
+		l.missed++
 		time.AfterFunc(l.m.grace, func() {
 			l.m.mu.Lock()
 			defer l.m.mu.Unlock()
+			l.missed--
 			l.settleLocked()
 		})
 	}
-	l.removeLocked(s)
-}
-
-func (l *outputLog) removeLocked(s *subscriber) {
 	l.subs = without(l.subs, s)
 	l.settleLocked()
 }
 
 func without[T comparable](list []T, gone T) []T {
-	return slices.DeleteFunc(list, func(e T) bool { return e == gone })
+	if i := slices.Index(list, gone); i >= 0 {
+		return slices.Delete(list, i, i+1)
+	}
+	return list
 }
 
 // cutStalled detaches the subscribers that took nothing for `alone`, or for `shared` while another one waits because of
@@ -460,22 +425,19 @@ func without[T comparable](list []T, gone T) []T {
 func (m *outputMemory) cutStalled(now time.Time, alone, shared time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, l := range slices.Concat(m.liveLogs, m.endedLogs) {
+	for _, l := range slices.Clone(m.logs) {
 		for _, s := range slices.Clone(l.subs) {
 			waits := func(o *subscriber) bool { return o.pos == l.end }
 			switch stalled := now.Sub(s.progress); {
-			case s.pos == l.end:
+			case s.pos == l.end && !s.done: // else it hangs with its last message
 				s.progress = now
 			case stalled > alone, stalled > shared && len(l.waiting) > 0 && slices.ContainsFunc(l.subs, waits):
-				s.cutLocked()
+				s.cut, l.cut = true, true
+				l.subs = without(l.subs, s)
+				l.settleLocked()
+				s.wakeLocked()
+				s.onCut()
 			}
 		}
 	}
-}
-
-func (s *subscriber) cutLocked() {
-	s.cut, s.log.cut = true, true
-	s.log.removeLocked(s)
-	s.wakeLocked()
-	s.onCut()
 }

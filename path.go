@@ -1,14 +1,113 @@
-// Paths as clients name them: which absolute path a request means. Nothing here follows a link or touches a file.
+// Paths as clients name them, and the way there. What is written, created, removed or replaced is reached by a walk on
+// descriptors, one component after the other (O_PATH|O_NOFOLLOW), which follows links itself.
+//
+// A link confers only its owner's power. The daemon works as root, the guest's users make links: from the first link on
+// that root does not own, the rest of the walk and what is done at its end run with the filesystem credentials of the
+// link's owner (setfsuid(2), setfsgid(2) and groups, all of one thread, which is thrown away), so that the kernel decides.
+// A `..` out of a directory counts as a link of that directory's owner, who can have moved it; a FUSE file system is all of
+// who mounted it. A hard link that another one can have made is refused. Reading follows links as every program does.
+// Linux 3.12 or newer.
 
 package main
 
 import (
+	"cmp"
+	"context"
+	"crypto/rand"
 	"errors"
+	"fmt"
+	"log/slog"
+	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"syscall"
+	"time"
+	"unicode/utf8"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
-var errUserSpecificHome = errors.New("cannot expand user-specific home dir")
+var (
+	errUserSpecificHome = errors.New("cannot expand user-specific home dir")
+	errNUL              = errors.New("a NUL byte in it")
+	errLeased           = fmt.Errorf("another program has a lease on it: %w", unix.EAGAIN)
+	errFilesHang        = errors.New("too many requests wait for file systems that do not answer")
+)
+
+const patience = 2 * time.Second // of what another program, or a file system, keeps waiting
+
+// inTime waits for what a file system can make hang, but not for ever.
+func inTime(step string, patience time.Duration, do func()) {
+	done := make(chan struct{})
+	go func() {
+		do()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(patience):
+		slog.Warn("a file system does not answer", "logger", "init", "step", step)
+	}
+}
+
+// atFiles are the requests whose system calls on files can hang, each with a thread.
+var atFiles = make(chan struct{}, 256)
+
+// turn is one request's place among them, which it has but while its client is waited for.
+type turn struct {
+	ctx   context.Context
+	taken bool
+}
+
+func (t *turn) take(patience time.Duration) error {
+	if t.taken = t.taken || enter(atFiles, t.ctx.Done(), patience); !t.taken {
+		return cmp.Or(t.ctx.Err(), errFilesHang)
+	}
+	return nil
+}
+
+// enter takes one of the places that a channel has, unless none gets free in time.
+func enter(places chan struct{}, gone <-chan struct{}, patience time.Duration) bool {
+	select {
+	case places <- struct{}{}:
+		return true
+	default:
+	}
+	select {
+	case places <- struct{}{}:
+		return true
+	case <-gone:
+	case <-time.After(patience):
+	}
+	return false
+}
+
+func (t *turn) giveUp() {
+	if t.taken {
+		t.taken = false
+		<-atFiles
+	}
+}
+
+// transfer gives the place up until end is called, or the client has left and only a call that hangs remains.
+func (t *turn) transfer() (end func()) {
+	t.giveUp()
+	ended := make(chan struct{})
+	stop := context.AfterFunc(t.ctx, func() {
+		select {
+		case atFiles <- struct{}{}:
+			<-ended
+			<-atFiles
+		case <-ended:
+		}
+	})
+	return func() {
+		stop()
+		close(ended)
+	}
+}
 
 // resolvePath turns a client's path into an absolute one. An empty path means the default working directory; `~` the
 // home; an absolute path stays exactly as it was sent; a relative one starts at the home and may climb out of it.
@@ -17,15 +116,458 @@ func resolvePath(path, home, defaultWorkdir string) (string, error) {
 		path = defaultWorkdir
 	}
 	switch {
+	case strings.IndexByte(path, 0) >= 0:
+		return "", errNUL
 	case strings.HasPrefix(path, "~"):
 		rest := path[1:]
 		if rest != "" && rest[0] != '/' && rest[0] != '\\' {
 			return "", errUserSpecificHome
 		}
-		return filepath.Join(home, rest), nil
-	case filepath.IsAbs(path):
-		return path, nil
-	default:
-		return filepath.Join("/", home, path), nil
+		path = filepath.Join(home, rest)
+	case !filepath.IsAbs(path):
+		path = filepath.Join("/", home, path)
 	}
+	if len(path) >= unix.PathMax {
+		return "", unix.ENAMETOOLONG
+	}
+	return path, nil
+}
+
+// A tree deeper than this is neither made nor removed nor watched nor packed: each level holds a descriptor.
+const maxDepth = 1000
+
+// fileInWay is the path of a file where a directory is needed.
+type fileInWay string
+
+func (e fileInWay) Error() string { return "path is a file: " + string(e) }
+func (e fileInWay) Unwrap() error { return syscall.ENOTDIR }
+
+// place is where a path leads: a name in an open directory.
+type place struct {
+	dir  int    // O_PATH descriptor
+	name string // "" when the path leads to the directory itself
+	path string // links resolved as far as they were followed
+	as   *account
+	dirs unix.Stat_t // of the directory
+	made bool        // the directory, by this walk
+	st   unix.Stat_t // of what has the name; all zero when nothing has
+}
+
+func (p *place) close()       { unix.Close(p.dir) }
+func (p *place) exists() bool { return p.st.Mode != 0 }
+func (p *place) kind() uint32 { return p.st.Mode & unix.S_IFMT }
+
+// do runs f, a few system calls, with the power that the way here left.
+func (p *place) do(f func() error) error {
+	if p.as == nil {
+		return f()
+	}
+	return actAs(p.as, f)
+}
+
+// hidden is a new name in the same directory.
+func (p *place) hidden() *place {
+	return &place{dir: p.dir, name: ".envd-" + rand.Text(), path: p.path, as: p.as}
+}
+
+func (p *place) unlink() error {
+	return p.do(func() error { return unix.Unlinkat(p.dir, p.name, 0) })
+}
+
+// retry calls again what a signal interrupted; the runtime sends itself some.
+func retry(f func() error) (err error) {
+	for err = unix.EINTR; err == unix.EINTR; {
+		err = f()
+	}
+	return err
+}
+
+// openAt opens without waiting for anything, whatever has the name by now.
+func openAt(dir int, name string, flags int, mode uint32) (fd int, err error) {
+	err = retry(func() (err error) {
+		fd, err = unix.Openat(dir, name, flags|unix.O_NONBLOCK|unix.O_CLOEXEC, mode)
+		return err
+	})
+	return fd, err
+}
+
+// unleased opens again what another program has a lease on, which the kernel is taking back, after 45 s by force.
+func unleased(patience time.Duration, gone <-chan struct{}, open func() error) error {
+	for end := time.Now().Add(patience); ; {
+		if err := open(); !errors.Is(err, unix.EAGAIN) {
+			return err
+		}
+		select {
+		case <-gone:
+			return errLeased
+		case <-time.After(20 * time.Millisecond):
+			if time.Now().After(end) {
+				return errLeased
+			}
+		}
+	}
+}
+
+// foreign says that a name can be a hard link which was made by another one than the owner: where others may write, or in
+// a directory of somebody else's. A group that has its user's number is not others, but for root's.
+func foreign(dirs, st *unix.Stat_t) bool {
+	shared := dirs.Mode&0o002 != 0 || dirs.Mode&0o020 != 0 && (dirs.Uid == 0 || dirs.Gid != dirs.Uid)
+	return st.Nlink > 1 && (shared || dirs.Uid != 0 && st.Uid != dirs.Uid)
+}
+
+// openFd opens what has the name, without following a link and without waiting for anything; st is of what was opened then.
+// What was there before is a regular file still, and not another owner's by way of a hard link.
+func (p *place) openFd(flags int, mode uint32) (fd int, err error) {
+	err = unleased(patience, nil, func() error {
+		return p.do(func() (err error) {
+			fd, err = openAt(p.dir, p.name, flags|unix.O_NOFOLLOW, mode)
+			return err
+		})
+	})
+	if err == nil {
+		existed := p.exists()
+		err = unix.Fstat(fd, &p.st)
+		if err == nil && existed && (p.as == nil && foreign(&p.dirs, &p.st) || p.kind() != unix.S_IFREG) {
+			err = unix.EPERM
+		}
+		if err != nil {
+			unix.Close(fd)
+			if flags&unix.O_EXCL != 0 {
+				p.unlink()
+			}
+		}
+	}
+	if err != nil {
+		err = &os.PathError{Op: "open", Path: p.path, Err: err}
+	}
+	return fd, err
+}
+
+// openIn opens what has a name in a directory, without following a link.
+func openIn(dir int, name, path string, flags int) (*os.File, error) {
+	fd, err := openAt(dir, name, flags|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+func (p *place) open(flags int, mode uint32) (*os.File, error) {
+	fd, err := p.openFd(flags, mode)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), p.path), nil
+}
+
+// actAs runs f with the filesystem credentials of an account, or, for nil, the daemon's own.
+func actAs(who *account, f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		if who != nil {
+			runtime.LockOSThread() // and never unlock: the thread ends with the goroutine
+			groups := append(who.groups[:len(who.groups):len(who.groups)], who.gid)
+			_, _, errno := unix.RawSyscall(unix.SYS_SETGROUPS, uintptr(len(groups)), uintptr(unsafe.Pointer(&groups[0])), 0)
+			unix.SetfsgidRetGid(int(who.gid))
+			unix.SetfsuidRetUid(int(who.uid))
+			// What is left are capabilities that are not about files, and still let a file of /proc be read.
+			err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &new([2]unix.CapUserData)[0])
+			gid, _ := unix.SetfsgidRetGid(-1)
+			uid, _ := unix.SetfsuidRetUid(-1)
+			if errno != 0 || err != nil || uid != int(who.uid) || gid != int(who.gid) {
+				done <- os.NewSyscallError("setfsuid", syscall.EPERM)
+				return
+			}
+		}
+		done <- f()
+	}()
+	return <-done
+}
+
+// walk is a way on descriptors.
+type walk struct {
+	place
+	users   *userDB
+	mkdirs  *account // missing directories are made, and made this account's
+	follow  bool     // a link in the last place, too
+	noLinks bool     // no link at all
+	rest    []string // what is still to go
+	linked  int      // how many of them come from links
+	links   int      // followed so far
+}
+
+// walkPath walks an absolute path. A path that ends in a slash leads to a directory itself, name "".
+func walkPath(w walk, path string) (*place, error) {
+	w.path = "/"
+	return w.begin(unix.AT_FDCWD, "/", path)
+}
+
+// walkBelow walks a relative path from a place that is a directory itself.
+func walkBelow(w walk, from *place, path string) (*place, error) {
+	w.path, w.as = from.path, from.as
+	return w.begin(from.dir, ".", path)
+}
+
+func (w *walk) begin(at int, base, path string) (*place, error) {
+	if len(w.path)+len(path) >= unix.PathMax || strings.Count(path, "/") > maxDepth {
+		return nil, &os.PathError{Op: "open", Path: w.path, Err: unix.ENAMETOOLONG}
+	}
+	flags, err := unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, error(unix.ENOTSUP)
+	if i := strings.LastIndexByte(path, '/'); i > 0 && !strings.Contains(path, "..") {
+		// The usual case in one call (Linux 5.6): everything above the last name is there, and no link.
+		err = w.do(func() (err error) {
+			how := &unix.OpenHow{Flags: uint64(flags), Resolve: unix.RESOLVE_NO_SYMLINKS}
+			w.dir, err = unix.Openat2(at, base+"/"+path[:i], how)
+			return err
+		})
+		if err == nil {
+			w.path, path = filepath.Join(w.path, path[:i]), path[i+1:]
+		}
+	}
+	if err != nil {
+		w.dir, err = unix.Openat(at, base, flags, 0)
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: w.path, Err: err}
+	}
+	w.rest = strings.Split(path, "/")
+	if err = unix.Fstat(w.dir, &w.dirs); err == nil {
+		err = w.do(w.run)
+	}
+	if err != nil {
+		w.close()
+		return nil, err
+	}
+	return &w.place, nil
+}
+
+func (w *walk) run() error {
+	for len(w.rest) > 0 {
+		name, last, fromLink := w.rest[0], len(w.rest) == 1, w.linked > 0
+		w.rest, w.linked = w.rest[1:], max(w.linked-1, 0)
+		if name == "" || name == "." {
+			continue
+		}
+		if name == ".." && w.becomeOwner(w.dir, &w.dirs) {
+			w.rest = append([]string{name}, w.rest...)
+			return actAs(w.as, w.run)
+		}
+		at, made, op := filepath.Join(w.path, name), false, "open"
+		if len(at) >= unix.PathMax { // by way of links
+			return &os.PathError{Op: op, Path: w.path, Err: unix.ENAMETOOLONG}
+		}
+		if last {
+			err := unix.Fstatat(w.dir, name, &w.st, unix.AT_SYMLINK_NOFOLLOW)
+			if err != nil && err != unix.ENOENT {
+				return &os.PathError{Op: op, Path: at, Err: err}
+			}
+			if err != nil || !(w.follow && w.kind() == unix.S_IFLNK) {
+				w.name, w.path = name, at
+				return nil
+			}
+			w.st = unix.Stat_t{}
+		}
+		fd, err := unix.Openat(w.dir, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		if err == unix.ENOENT && w.mkdirs != nil && !last {
+			if fromLink { // as mkdir(2) says of a link that leads nowhere
+				return &os.PathError{Op: "mkdir", Path: at, Err: unix.EEXIST}
+			}
+			op = "mkdir"
+			fd, made, err = w.mkdir(name)
+		}
+		var st unix.Stat_t
+		if err == nil {
+			if err = unix.Fstat(fd, &st); err != nil {
+				unix.Close(fd)
+			}
+		}
+		if err != nil {
+			return &os.PathError{Op: op, Path: at, Err: err}
+		}
+		switch {
+		case st.Mode&unix.S_IFMT == unix.S_IFLNK:
+			became, err := w.followLink(fd, &st, at)
+			unix.Close(fd)
+			if err != nil {
+				return &os.PathError{Op: "open", Path: at, Err: err}
+			}
+			if became {
+				return actAs(w.as, w.run)
+			}
+		case last: // it was a link just now
+			unix.Close(fd)
+			w.name, w.path, w.st = name, at, st
+		case st.Mode&unix.S_IFMT != unix.S_IFDIR:
+			unix.Close(fd)
+			return fileInWay(at)
+		default:
+			unix.Close(w.dir)
+			w.dir, w.dirs, w.path, w.made = fd, st, at, made
+		}
+	}
+	return nil
+}
+
+const nobody = 65534
+
+// becomeOwner gives up the daemon's power for that of a link's owner. The first link decides.
+func (w *walk) becomeOwner(fd int, link *unix.Stat_t) bool {
+	if w.as != nil || os.Geteuid() != 0 {
+		return false
+	}
+	uid := ownerOf(fd, link)
+	if uid == 0 {
+		return false
+	}
+	owner, err := w.users.lookup(w.users.now().names.of(uid))
+	if err != nil {
+		owner = account{uid: uid, gid: nobody}
+	}
+	w.as = &owner
+	return true
+}
+
+// ownerOf is whose a file is. What FUSE says of owners is the word of who mounted it: user_id. Virtiofs, which the host
+// serves, has none.
+func ownerOf(fd int, st *unix.Stat_t) uint32 {
+	var fs unix.Statfs_t
+	if unix.Fstatfs(fd, &fs) == nil && fs.Type != unix.FUSE_SUPER_MAGIC {
+		return st.Uid
+	}
+	device := fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
+	mounts, _ := os.ReadFile("/proc/self/mountinfo")
+	for line := range strings.Lines(string(mounts)) {
+		if f := strings.Fields(line); len(f) >= 10 && f[2] == device {
+			_, option, _ := strings.Cut(","+f[len(f)-1], ",user_id=")
+			id, _, _ := strings.Cut(option, ",")
+			return cmp.Or(number(id), st.Uid)
+		}
+	}
+	return nobody
+}
+
+func (w *walk) followLink(fd int, st *unix.Stat_t, at string) (became bool, err error) {
+	buf := make([]byte, unix.PathMax)
+	n, err := unix.Readlinkat(fd, "", buf)
+	if w.links++; err == nil && (w.noLinks || w.links > 40) {
+		err = unix.ELOOP
+	} else if err == nil && w.as == nil && foreign(&w.dirs, st) {
+		err = unix.EPERM
+	}
+	if err != nil {
+		return false, err
+	}
+	became, target := w.becomeOwner(fd, st), string(buf[:n])
+	if filepath.IsAbs(target) {
+		root, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return false, err
+		}
+		unix.Close(w.dir)
+		w.dir, w.path = root, "/"
+		if err := unix.Fstat(root, &w.dirs); err != nil {
+			return false, err
+		}
+	}
+	parts := strings.Split(target, "/")
+	w.linked += len(parts)
+	w.rest = append(parts, w.rest...)
+	return became, nil
+}
+
+// mkdir makes a directory, mode 0755, and opens it. Whoever may write to the directory above can put another one in its
+// place at any time; only the new one, known by a mode that nobody else gives, changes hands.
+func (w *walk) mkdir(name string) (fd int, made bool, err error) {
+	const fresh = unix.S_ISVTX | 0o700
+	if err := unix.Mkdirat(w.dir, name, fresh); err != nil && err != unix.EEXIST {
+		return -1, false, err
+	}
+	fd, err = unix.Openat(w.dir, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err == unix.ENOTDIR {
+		err = unix.EEXIST
+	}
+	var st unix.Stat_t
+	if err != nil || unix.Fstat(fd, &st) != nil || st.Mode&0o1777 != fresh || int(st.Uid) != w.uid() {
+		return fd, false, err
+	}
+	err = chown(fd, &st, w.as, *w.mkdirs)
+	if err == nil {
+		err = actAs(nil, func() error { return unix.Fchmod(fd, st.Mode&unix.S_ISGID|0o755) })
+	}
+	if err != nil {
+		unix.Close(fd)
+		unix.Unlinkat(w.dir, name, unix.AT_REMOVEDIR)
+		return -1, false, os.NewSyscallError("chown", err)
+	}
+	return fd, true, nil
+}
+
+func (p *place) uid() int {
+	if p.as != nil {
+		return int(p.as.uid)
+	}
+	return os.Geteuid()
+}
+
+// chown gives what is open to an account. What a link's owner has, or what was just made in his name, the daemon gives
+// away; for the rest the kernel decides what he may.
+func chown(fd int, st *unix.Stat_t, as *account, to account) error {
+	if st.Uid == to.uid && st.Gid == to.gid {
+		return nil
+	}
+	if as != nil && as.uid == st.Uid {
+		as = nil
+	}
+	return actAs(as, func() error { return unix.Fchownat(fd, "", int(to.uid), int(to.gid), unix.AT_EMPTY_PATH) })
+}
+
+// ---- metadata: extended attributes ---------------------------------------------------------------------------------
+
+const metadataPrefix = "user.e2b."
+
+// xattrs reads the extended attributes that keep accepts; list and get are the f or l variants of the system calls.
+func xattrs(list func([]byte) (int, error), get func(string, []byte) (int, error), keep func(string) bool) map[string]string {
+	read := func(call func([]byte) (int, error)) ([]byte, error) {
+		n, err := call(nil)
+		if err != nil || n == 0 {
+			return nil, err
+		}
+		text := make([]byte, n+256) // more may come in between
+		n, err = call(text)
+		return text[:max(n, 0)], err
+	}
+	names, _ := read(list)
+	if len(names) == 0 {
+		return nil
+	}
+	found := map[string]string{}
+	for name := range strings.SplitSeq(strings.TrimSuffix(string(names), "\x00"), "\x00") {
+		if name != "" && keep(name) {
+			if value, err := read(func(b []byte) (int, error) { return get(name, b) }); err == nil {
+				found[name] = string(value)
+			}
+		}
+	}
+	return found
+}
+
+func fileXattrs(fd int, keep func(string) bool) map[string]string {
+	return xattrs(func(b []byte) (int, error) { return unix.Flistxattr(fd, b) },
+		func(name string, b []byte) (int, error) { return unix.Fgetxattr(fd, name, b) }, keep)
+}
+
+func isMetadata(name string) bool { return strings.HasPrefix(name, metadataPrefix) }
+
+// metadataOf gives the attributes that clients see as metadata.
+func metadataOf(attributes map[string]string) map[string]string {
+	var metadata map[string]string
+	for name, value := range attributes {
+		if key := strings.TrimPrefix(name, metadataPrefix); key != name && utf8.ValidString(key) && utf8.ValidString(value) {
+			if metadata == nil {
+				metadata = map[string]string{}
+			}
+			metadata[key] = value
+		}
+	}
+	return metadata
 }

@@ -6,7 +6,6 @@ import (
 	"context"
 	"os"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -35,20 +34,17 @@ type outputPipe struct {
 	watch  watch
 	atEnd  func()
 
-	reader reader
-	logged atomic.Int64 // bytes
-	paused atomic.Bool  // the poller does not report it
-
-	mu    sync.Mutex // makes reading and logging one step
-	grown bool       // the pipe is a big one
-	eof   bool
+	mu     sync.Mutex // makes reading and logging one step
+	logged int64      // bytes
+	atExit int64      // logged once all that was there at the exit of the process is
+	grown  bool       // the pipe is a big one
+	eof    bool
 }
 
-// newOutputPipe starts to read.
 func newOutputPipe(kind outputKind, fd int, log *outputLog, p *poller, atEnd func()) (*outputPipe, error) {
+	unix.SetNonblock(fd, true)
 	o := &outputPipe{kind: kind, log: log, poller: p, atEnd: atEnd, watch: watch{fd: fd}}
-	o.watch.ready = func() { o.read() }
-	o.reader = reader{o.hold, o.resume, o.pull}
+	o.watch.ready = o.read
 	err := p.add(&o.watch)
 	if err != nil {
 		unix.Close(fd)
@@ -56,31 +52,20 @@ func newOutputPipe(kind outputKind, fd int, log *outputLog, p *poller, atEnd fun
 	return o, err
 }
 
-// close gives up reading before the end.
-func (o *outputPipe) close() {
+// drain reads what is there when the process has exited, and the end if that comes next.
+func (o *outputPipe) drain() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.eof = true
-	o.poller.remove(&o.watch)
-}
-
-// drain reads what is there when the process has exited, and the end if that comes next. It tells how many bytes must be in
-// the log before the process can be said to have ended.
-func (o *outputPipe) drain() (target int64) {
-	o.mu.Lock()
-	target = o.logged.Load() + o.readableLocked()
-	o.mu.Unlock()
-	for o.logged.Load() < target && o.read() {
+	o.atExit = o.logged + o.readableLocked()
+	for o.logged <= o.atExit && o.readLocked(o.log.room(o)) {
 	}
-	o.read()
-	return target
 }
 
-// readable counts the bytes that could be read now.
-func (o *outputPipe) readable() int64 {
+// drained tells whether what was there is in the log. Somebody else may read a pipe, too.
+func (o *outputPipe) drained() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.readableLocked()
+	return o.logged >= o.atExit || o.readableLocked() == 0
 }
 
 func (o *outputPipe) readableLocked() int64 {
@@ -91,42 +76,42 @@ func (o *outputPipe) readableLocked() int64 {
 	return int64(n)
 }
 
-// read moves one piece into the log. It tells whether there may be more at once.
-func (o *outputPipe) read() bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return !o.paused.Load() && o.readLocked(o.log.room(&o.reader))
-}
-
-// pull reads for a subscriber and leaves the pipe out of the poller as long as that suffices.
-func (o *outputPipe) pull(most int) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if !o.readLocked(most) || o.log.room(&o.reader) > 0 {
-		o.resume()
+// read is for the poller. Without room the log has the pipe armed later.
+func (o *outputPipe) read() {
+	if most := o.log.room(o); most > 0 {
+		o.pull(most)
 	}
 }
 
+// pull leaves the pipe out of the poller while a subscriber has something to send: it pulls again when it has sent that.
+func (o *outputPipe) pull(most int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.readLocked(most) || o.log.room(o) > 0 {
+		o.arm()
+	}
+}
+
+func (o *outputPipe) arm() { o.poller.arm(&o.watch) }
+
+// readLocked moves one piece into the log. It tells whether there may be more at once.
 func (o *outputPipe) readLocked(most int) (more bool) {
 	if o.eof || most == 0 {
 		return false
 	}
 	buf := readBuffers.Get().(*[outputChunk]byte)
 	n, err := unix.Read(o.watch.fd, buf[:most])
-	for err == unix.EINTR {
-		n, err = unix.Read(o.watch.fd, buf[:most])
-	}
 	if n <= 0 || !o.log.append(o.kind, buf[:], n) {
 		readBuffers.Put(buf)
 	}
 	switch {
 	case n > 0:
-		o.logged.Add(int64(n))
+		o.logged += int64(n)
 		if !o.grown && n >= 64<<10 {
 			unix.FcntlInt(uintptr(o.watch.fd), unix.F_SETPIPE_SZ, bigPipe)
 			o.grown = true
 		}
-	case err != unix.EAGAIN: // end of file; a terminal that nobody has open any more says EIO
+	case err != unix.EAGAIN && err != unix.EINTR: // end of file; a terminal that nobody has open any more says EIO
 		o.eof = true
 		o.poller.remove(&o.watch)
 		o.atEnd()
@@ -134,116 +119,70 @@ func (o *outputPipe) readLocked(most int) (more bool) {
 	return n > 0
 }
 
-// hold and resume are called by the log, under its lock, too.
-func (o *outputPipe) hold() {
-	if !o.paused.Swap(true) {
-		o.poller.pause(&o.watch)
-	}
-}
-
-func (o *outputPipe) resume() {
-	if o.paused.Swap(false) {
-		o.poller.resume(&o.watch)
-	}
-}
-
 // inputPipe is where a process gets its input. Writes keep their order and never mix.
 type inputPipe struct {
-	turn chan struct{} // holds a value while nobody writes
-
-	mu     sync.Mutex // protects what follows
-	fd     int
-	file   *os.File // fd's owner from the first write on: many processes never get input
-	grown  bool     // the pipe is a big one
-	closed bool
+	fd    int
+	once  sync.Once     // for opened
+	file  *os.File      // nil: closed before anybody wrote, as most are, so that the runtime's poller need not know of them
+	turn  chan struct{} // holds a value while somebody writes
+	grown bool          // the pipe is a big one; belongs to whoever's turn it is
 }
 
-func newInputPipe(fd int) *inputPipe {
-	in := &inputPipe{fd: fd, turn: make(chan struct{}, 1)}
-	in.turn <- struct{}{}
-	return in
+func newInputPipe(fd int) *inputPipe { return &inputPipe{fd: fd, turn: make(chan struct{}, 1)} }
+
+func (in *inputPipe) opened() *os.File {
+	in.once.Do(func() {
+		unix.SetNonblock(in.fd, true) // asks os.NewFile for the runtime's poller
+		in.file = os.NewFile(uintptr(in.fd), "input")
+	})
+	return in.file
 }
 
-func (in *inputPipe) take(ctx context.Context) error {
+func (in *inputPipe) close() {
+	if in == nil {
+		return
+	}
+	in.once.Do(func() { unix.Close(in.fd) })
+	in.file.Close()
+}
+
+// control runs f with the descriptor, which is not closed meanwhile.
+func (in *inputPipe) control(f func(fd uintptr) error) (err error) {
+	conn, closed := in.opened().SyscallConn()
+	if closed != nil || conn.Control(func(fd uintptr) { err = f(fd) }) != nil {
+		return os.ErrClosed
+	}
+	return err
+}
+
+// inTurn runs f once the writes that came before have finished.
+func (in *inputPipe) inTurn(ctx context.Context, f func() error) error {
 	select {
-	case <-in.turn:
-		return nil
+	case in.turn <- struct{}{}:
+		defer func() { <-in.turn }()
+		return f()
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 }
 
-// open gives the file for a write of n bytes.
-func (in *inputPipe) open(n int) (*os.File, error) {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	if in.closed {
-		return nil, os.ErrClosed
-	}
-	if in.file == nil {
-		unix.SetNonblock(in.fd, true) // asks os.NewFile for the runtime's poller
-		in.file = os.NewFile(uintptr(in.fd), "input")
-	}
-	if n >= 32<<10 && !in.grown {
-		unix.FcntlInt(uintptr(in.fd), unix.F_SETPIPE_SZ, bigPipe)
-		in.grown = true
-	}
-	return in.file, nil
-}
-
 // write returns when the process's pipe or terminal has taken all bytes. A client that leaves ends its write.
 func (in *inputPipe) write(ctx context.Context, data []byte) error {
-	if err := in.take(ctx); err != nil {
+	return in.inTurn(ctx, func() error {
+		if len(data) >= 32<<10 && !in.grown {
+			in.grown = true
+			in.control(func(fd uintptr) error { _, err := unix.FcntlInt(fd, unix.F_SETPIPE_SZ, bigPipe); return err })
+		}
+		expired := make(chan struct{})
+		stop := context.AfterFunc(ctx, func() {
+			in.opened().SetWriteDeadline(time.Unix(1, 0))
+			close(expired)
+		})
+		_, err := in.opened().Write(data)
+		if !stop() {
+			<-expired
+			in.opened().SetWriteDeadline(time.Time{})
+		}
 		return err
-	}
-	defer func() { in.turn <- struct{}{} }()
-	file, err := in.open(len(data))
-	if err != nil || len(data) == 0 {
-		return err
-	}
-	expired := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		file.SetWriteDeadline(time.Unix(1, 0))
-		close(expired)
 	})
-	_, err = file.Write(data)
-	if !stop() {
-		<-expired
-		file.SetWriteDeadline(time.Time{})
-	}
-	return err
-}
-
-// resize is for a terminal.
-func (in *inputPipe) resize(cols, rows uint32) error {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	if in.closed {
-		return os.ErrClosed
-	}
-	return resizePTY(in.fd, cols, rows)
-}
-
-// closeInTurn lets writes that came before finish.
-func (in *inputPipe) closeInTurn(ctx context.Context) error {
-	if err := in.take(ctx); err != nil {
-		return err
-	}
-	defer func() { in.turn <- struct{}{} }()
-	in.close()
-	return nil
-}
-
-// close is for good; a write that waits fails.
-func (in *inputPipe) close() {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	switch {
-	case in.closed:
-	case in.file != nil:
-		in.file.Close()
-	default:
-		unix.Close(in.fd)
-	}
-	in.closed = true
 }

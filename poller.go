@@ -2,7 +2,8 @@
 //
 // The runtime's own poller would wake a goroutine a pipe, and a signal two more a process; on a small guest those wake-ups
 // are most of what starting a short command costs. Here an epoll descriptor of our own, itself watched by the runtime's
-// poller, collects them, and their handlers run one after the other: they must not block. epoll(7), level-triggered.
+// poller, collects them, and their handlers run one after the other: they must not block. A handler that has been called
+// is not called again until its descriptor is armed again: epoll(7), EPOLLONESHOT.
 
 package main
 
@@ -17,16 +18,14 @@ type poller struct {
 	epfd int
 	file *os.File // the same, for the runtime's poller
 
-	mu       sync.Mutex // protects what follows
-	last     int32
-	handlers map[int32]*watch
+	mu      sync.Mutex
+	watches map[int32]*watch // by descriptor
 }
 
 // watch is one descriptor with its handler.
 type watch struct {
 	fd    int
 	ready func()
-	key   int32 // unlike descriptors never used twice at a time: an event of a closed one finds nobody
 }
 
 func newPoller() (*poller, error) {
@@ -35,75 +34,60 @@ func newPoller() (*poller, error) {
 		return nil, os.NewSyscallError("epoll_create1", err)
 	}
 	unix.SetNonblock(fd, true) // asks os.NewFile for the runtime's poller
-	return &poller{epfd: fd, file: os.NewFile(uintptr(fd), "epoll"), handlers: map[int32]*watch{}}, nil
+	return &poller{epfd: fd, file: os.NewFile(uintptr(fd), "epoll"), watches: map[int32]*watch{}}, nil
 }
 
-// add has w.ready called, on the poller's goroutine, whenever w.fd is readable or at its end.
+// add has w.ready called, on the poller's goroutine, when w.fd is readable or at its end. It may be called in vain, if the
+// descriptor had another owner a moment ago.
 func (p *poller) add(w *watch) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for p.last++; p.handlers[p.last] != nil; p.last++ {
-	}
-	w.key = p.last
 	err := p.controlLocked(unix.EPOLL_CTL_ADD, w)
 	if err == nil {
-		p.handlers[w.key] = w
+		p.watches[int32(w.fd)] = w
 	}
 	return err
 }
 
-// pause and resume keep a descriptor from being reported. A mask of no events would not do: the end is always reported.
-func (p *poller) pause(w *watch) {
+// arm has it called once more.
+func (p *poller) arm(w *watch) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.handlers[w.key] == w {
-		p.controlLocked(unix.EPOLL_CTL_DEL, w)
+	if p.watches[int32(w.fd)] == w { // else its descriptor is closed, and may be another file by now
+		p.controlLocked(unix.EPOLL_CTL_MOD, w)
 	}
 }
 
-func (p *poller) resume(w *watch) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.handlers[w.key] == w { // else its descriptor is closed, and may be another file by now
-		p.controlLocked(unix.EPOLL_CTL_ADD, w)
-	}
-}
-
-// remove forgets a descriptor and closes it, once. Closing alone would leave it in the epoll set, which would report it over
-// and over, while anyone has a copy: a child that has not exec'ed yet, or the input side of a terminal.
+// remove forgets a descriptor and closes it, once. Closing alone would leave it in the epoll set while anyone has a copy: a
+// child that has not exec'ed yet, or the input side of a terminal.
 func (p *poller) remove(w *watch) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.handlers[w.key] == w {
-		delete(p.handlers, w.key)
+	if p.watches[int32(w.fd)] == w {
+		delete(p.watches, int32(w.fd))
 		p.controlLocked(unix.EPOLL_CTL_DEL, w)
 		unix.Close(w.fd)
 	}
 }
 
 func (p *poller) controlLocked(op int, w *watch) error {
-	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(p.epfd, op, w.fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: w.key}))
+	event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLONESHOT, Fd: int32(w.fd)}
+	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(p.epfd, op, w.fd, &event))
 }
 
 // run serves for as long as the daemon lives.
 func (p *poller) run() {
-	conn, err := p.file.SyscallConn()
-	if err != nil {
-		return
-	}
+	conn, _ := p.file.SyscallConn() // fails for a nil file alone
 	events := make([]unix.EpollEvent, 64)
 	conn.Read(func(uintptr) bool {
 		for {
 			n, err := unix.EpollWait(p.epfd, events, 0)
-			if err == unix.EINTR {
-				continue
-			}
-			if n <= 0 {
+			if n <= 0 && err != unix.EINTR {
 				return false
 			}
-			for _, event := range events[:n] {
+			for _, event := range events[:max(n, 0)] {
 				p.mu.Lock()
-				w := p.handlers[event.Fd]
+				w := p.watches[event.Fd]
 				p.mu.Unlock()
 				if w != nil {
 					w.ready()

@@ -1,8 +1,8 @@
 // The Process service: from a request to a process, from a process to its clients.
 //
-// A process is in one of two tables: running, by pid; or ended, kept for a while so that clients that lost their stream
-// can come back for output and exit status. It moves when it has been reaped. The poller fills its output log and sees
-// its end; a goroutine of its own it has only while background children hold its output open.
+// A process that has been reaped is kept for a while, so that clients that lost their stream can come back for output and
+// exit status. The poller fills its output log and sees its end; a goroutine of its own it has only while background
+// children hold its output open.
 
 package main
 
@@ -49,11 +49,14 @@ type processService struct {
 	poller   *poller
 	memory   *outputMemory
 	stopping <-chan struct{}
+	streams  *atomic.Int64 // open ones, those of other services included
+	onStart  func()
 
-	mu      sync.Mutex // protects the tables and the count
-	running map[uint32]*process
-	ended   []*process // oldest first
-	count   int        // running ones and those being started
+	running atomic.Int64 // processes, those being started among them
+
+	mu    sync.Mutex // protects what follows and each process's exited
+	byPid map[uint32]*process
+	ended []*process // those that have exited, oldest first
 }
 
 type process struct {
@@ -66,6 +69,7 @@ type process struct {
 	terminal bool
 	input    *inputPipe // nil: /dev/null
 	started  time.Time
+	exited   bool
 	signaled atomic.Bool // by a client or its timeout: then nobody waits for background children
 	timedOut atomic.Bool
 	timeout  *time.Timer
@@ -79,15 +83,28 @@ func (s *processService) tick(now time.Time) {
 	s.memory.cutStalled(now, s.stallAlone, s.stallShared)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.dropEndedLocked(func(p *process) bool { return now.Sub(p.child.end) > s.retainTime })
+	for len(s.ended) > 0 && now.Sub(s.ended[0].child.end) > s.retainTime {
+		s.forgetLocked(s.ended[0])
+	}
+}
+
+// forgetLocked forgets an ended process; streams that still follow it are served to their end.
+func (s *processService) forgetLocked(p *process) {
+	s.ended = without(s.ended, p)
+	if s.byPid[p.pid] == p {
+		delete(s.byPid, p.pid)
+	}
+	p.log.forget()
 }
 
 func (s *processService) List(context.Context, *connect.Request[pb.ListRequest]) (*connect.Response[pb.ListResponse], error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	res := &pb.ListResponse{}
-	for _, p := range s.running {
-		res.Processes = append(res.Processes, &pb.ProcessInfo{Config: p.config, Pid: p.pid, Tag: p.tag})
+	for _, p := range s.byPid {
+		if !p.exited {
+			res.Processes = append(res.Processes, &pb.ProcessInfo{Config: p.config, Pid: p.pid, Tag: p.tag})
+		}
 	}
 	return connect.NewResponse(res), nil
 }
@@ -97,12 +114,7 @@ func (s *processService) Start(ctx context.Context, req *connect.Request[pb.Star
 	if err != nil {
 		return err
 	}
-	f := follower{s, ctx, p, sub, req.Header(), true}
-	res := &pb.StartResponse{}
-	return f.run(stream.ResponseHeader(), 0, func(event *pb.ProcessEvent) error {
-		res.Event = event
-		return stream.Send(res)
-	})
+	return s.follow(ctx, p, sub, true, stream.Conn(), func(event *pb.ProcessEvent) any { return &pb.StartResponse{Event: event} })
 }
 
 func (s *processService) Connect(ctx context.Context, req *connect.Request[pb.ConnectRequest], stream *connect.ServerStream[pb.ConnectResponse]) error {
@@ -114,19 +126,13 @@ func (s *processService) Connect(ctx context.Context, req *connect.Request[pb.Co
 	if err != nil {
 		return err
 	}
-	sub, lost, ok := p.log.subscribe(from, requestOf(ctx).breakStream)
-	if !ok {
+	sub := p.log.subscribe(from, requestOf(ctx).breakStream)
+	if sub == nil {
 		return wireError(connect.CodeInvalidArgument, "Envd-Output-From: offset %d is past the end of the output", from)
 	}
-	f := follower{s, ctx, p, sub, req.Header(), false}
-	res := &pb.ConnectResponse{}
-	return f.run(stream.ResponseHeader(), lost, func(event *pb.ProcessEvent) error {
-		res.Event = event
-		return stream.Send(res)
-	})
+	return s.follow(ctx, p, sub, false, stream.Conn(), func(event *pb.ProcessEvent) any { return &pb.ConnectResponse{Event: event} })
 }
 
-// outputFrom reads the header Envd-Output-From.
 func outputFrom(value string) (int64, error) {
 	switch value {
 	case "":
@@ -143,79 +149,77 @@ func outputFrom(value string) (int64, error) {
 	return int64(offset), nil
 }
 
-// follower sends a process to one client: start, output, end. Its goroutine is the only one that writes to the stream.
-type follower struct {
-	service *processService
-	ctx     context.Context
-	p       *process
-	sub     *subscriber
-	request http.Header
-	starter bool // this stream's deadline is the process's
-}
-
-func (f *follower) run(response http.Header, lost int64, send func(*pb.ProcessEvent) error) error {
-	defer f.sub.detach()
-	response.Set("Envd-Output-Offset", strconv.FormatInt(f.sub.pos, 10))
-	response.Set("Envd-Output-Lost", strconv.FormatInt(lost, 10))
-	start := &pb.ProcessEvent_StartEvent{Pid: f.p.pid}
-	if err := send(&pb.ProcessEvent{Event: &pb.ProcessEvent_Start{Start: start}}); err != nil {
+// follow sends a process to one client: start, output, end. Its goroutine is the only one that writes to the stream. The
+// deadline of the starter's stream is the process's.
+func (s *processService) follow(ctx context.Context, p *process, sub *subscriber, starter bool,
+	stream connect.StreamingHandlerConn, message func(*pb.ProcessEvent) any) error {
+	defer sub.detach()
+	s.streams.Add(1)
+	defer s.streams.Add(-1)
+	stream.ResponseHeader().Set("Envd-Output-Offset", strconv.FormatInt(sub.pos, 10))
+	stream.ResponseHeader().Set("Envd-Output-Lost", strconv.FormatInt(sub.lost, 10))
+	send := func(event *pb.ProcessEvent) error { return stream.Send(message(event)) }
+	if err := send(&pb.ProcessEvent{Event: &pb.ProcessEvent_Start{Start: &pb.ProcessEvent_StartEvent{Pid: p.pid}}}); err != nil {
 		return err
 	}
-	interval := keepAliveInterval(f.request, f.service.keepAlive)
+	output := &pb.ProcessEvent_DataEvent{} // the same for every piece
+	outputMessage := message(&pb.ProcessEvent{Event: &pb.ProcessEvent_Data{Data: output}})
+	interval := keepAliveInterval(stream.RequestHeader(), s.keepAlive)
 	keepAlive := time.NewTimer(interval)
 	defer keepAlive.Stop()
-	ctxDone := f.ctx.Done()
+	ctxDone := ctx.Done()
 	var lastWords <-chan time.Time // runs from the starter's deadline until its stream must end
 	for {
-		kind, data, done, cut := f.sub.next()
+		kind, data, done, cut := sub.next()
 		switch {
 		case cut:
 			return wireError(connect.CodeAborted, "the client has not taken output for too long; resume by offset")
-		case done && f.starter && f.p.timedOut.Load():
+		case done && starter && p.timedOut.Load():
 			return context.DeadlineExceeded
 		case done:
-			requestOf(f.ctx).keepFlush()
-			return send(&pb.ProcessEvent{Event: &pb.ProcessEvent_End{End: f.p.endFor(f.request)}})
-		case data != nil && !f.starter && f.ctx.Err() != nil:
-			return f.ctx.Err()
+			requestOf(ctx).keepFlush()
+			return send(&pb.ProcessEvent{Event: &pb.ProcessEvent_End{End: p.endFor(stream.RequestHeader())}})
+		case data != nil && !starter && ctx.Err() != nil:
+			return ctx.Err()
 		case data != nil:
-			if err := send(dataEvent(kind, data)); err != nil {
+			setOutput(output, kind, data)
+			if err := stream.Send(outputMessage); err != nil {
 				return err
 			}
-			f.sub.sent(len(data))
+			sub.sent(len(data))
 			keepAlive.Reset(interval)
 			continue
 		}
 		select {
-		case <-f.sub.notify:
+		case <-sub.notify:
 		case <-keepAlive.C:
 			if err := send(&pb.ProcessEvent{Event: &pb.ProcessEvent_Keepalive{Keepalive: &pb.ProcessEvent_KeepAlive{}}}); err != nil {
 				return err
 			}
 			keepAlive.Reset(interval)
 		case <-ctxDone:
-			if !f.starter || !errors.Is(f.ctx.Err(), context.DeadlineExceeded) {
-				return f.ctx.Err()
+			if !starter || !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+				return ctx.Err()
 			}
 			// The process is being killed. What it wrote before goes out first.
 			ctxDone, lastWords = nil, time.After(time.Second)
 		case <-lastWords:
 			return context.DeadlineExceeded
-		case <-f.service.stopping:
+		case <-s.stopping:
 			return wireError(connect.CodeUnavailable, "envd is stopping")
 		}
 	}
 }
 
-func dataEvent(kind outputKind, data []byte) *pb.ProcessEvent {
-	event := &pb.ProcessEvent_DataEvent{Output: &pb.ProcessEvent_DataEvent_Pty{Pty: data}}
+func setOutput(event *pb.ProcessEvent_DataEvent, kind outputKind, data []byte) {
 	switch kind {
 	case stdoutKind:
 		event.Output = &pb.ProcessEvent_DataEvent_Stdout{Stdout: data}
 	case stderrKind:
 		event.Output = &pb.ProcessEvent_DataEvent_Stderr{Stderr: data}
+	default:
+		event.Output = &pb.ProcessEvent_DataEvent_Pty{Pty: data}
 	}
-	return &pb.ProcessEvent{Event: &pb.ProcessEvent_Data{Data: event}}
 }
 
 // endFor strips what the client has not asked for.
@@ -224,15 +228,6 @@ func (p *process) endFor(header http.Header) *pb.ProcessEvent_EndEvent {
 		return p.end
 	}
 	return &pb.ProcessEvent_EndEvent{ExitCode: p.end.ExitCode, Exited: p.end.Exited, Status: p.end.Status, Error: p.end.Error}
-}
-
-// keepAliveInterval reads Keepalive-Ping-Interval, in seconds.
-func keepAliveInterval(header http.Header, standard time.Duration) time.Duration {
-	seconds, err := strconv.ParseInt(header.Get("Keepalive-Ping-Interval"), 10, 64)
-	if err != nil || seconds <= 0 {
-		return standard
-	}
-	return time.Duration(min(seconds, 86400)) * time.Second
 }
 
 // plan says what a request means: what to start, as whom and where.
@@ -258,7 +253,7 @@ func (s *processService) plan(ctx context.Context, req *pb.StartRequest) (*spawn
 	env := map[string]string{"PATH": s.path, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "PWD": dir}
 	maps.Copy(env, s.settings.environment())
 	maps.Copy(env, config.GetEnvs())
-	spec := &spawnSpec{argv: append([]string{config.GetCmd()}, config.GetArgs()...), dir: dir, user: user,
+	spec := &spawnSpec{argv: append([]string{config.GetCmd()}, config.GetArgs()...), path: env["PATH"], dir: dir, user: user,
 		fds: [3]int{-1, -1, -1}, terminal: req.Pty != nil}
 	for name, value := range env {
 		spec.env = append(spec.env, name+"="+value)
@@ -277,10 +272,11 @@ func (s *processService) start(ctx context.Context, req *pb.StartRequest) (_ *pr
 	if err != nil {
 		return nil, nil, err
 	}
-	p := &process{config: req.Process, tag: req.Tag, terminal: req.Pty != nil, log: s.memory.newLog(), started: time.Now(), eof: make(chan struct{})}
+	p := &process{config: req.Process, tag: req.Tag, terminal: req.Pty != nil, log: s.memory.newLog(),
+		started: time.Now(), eof: make(chan struct{})}
 	// Subscribed before anything runs: no byte is older than the stream.
-	sub, _, _ := p.log.subscribe(0, requestOf(ctx).breakStream)
-	if !s.admit(1) {
+	sub := p.log.subscribe(0, requestOf(ctx).breakStream)
+	if s.running.Add(1) > int64(s.maxProcesses) {
 		err = errTooManyProcesses
 	} else if err = p.openFiles(req, spec, s.poller); err != nil {
 		spec.closeFds()
@@ -288,63 +284,64 @@ func (s *processService) start(ctx context.Context, req *pb.StartRequest) (_ *pr
 		p.child, err = s.spawner.start(ctx, spec)
 	}
 	if err != nil {
-		s.admit(-1)
+		s.running.Add(-1)
 		sub.detach()
-		for _, out := range p.outputs {
-			out.close()
-		}
-		if p.input != nil {
-			p.input.close()
-		}
+		p.input.close()
 		p.log.finish()
 		p.log.forget()
 		return nil, nil, startError(req, spec.dir, err)
 	}
-	p.pid = uint32(p.child.pid())
-	s.mu.Lock()
-	s.dropEndedLocked(func(o *process) bool {
-		return o.pid == p.pid || p.tag != nil && o.tag != nil && *o.tag == *p.tag
-	})
-	s.running[p.pid] = p
-	s.mu.Unlock()
+	p.pid = uint32(p.child.pid.Load())
+	s.onStart()
+	s.register(p)
 	if deadline, ok := ctx.Deadline(); ok {
 		p.timeout = time.AfterFunc(time.Until(deadline), func() {
 			p.timedOut.Store(true)
 			s.signal(p, syscall.SIGKILL)
 		})
 	}
-	s.spawner.awaitExit(p.child, func() { s.exited(p) })
+	s.spawner.awaitExit(p.child, func() { s.hasExited(p) })
 	slog.Debug("process started", "logger", "process", "event_type", "process_start", "pid", p.pid, "username", spec.user.name)
 	return p, sub, nil
 }
 
-// admit counts running processes, those that are being started among them.
-func (s *processService) admit(n int) bool {
+// register gives a process its pid, and its tag, which those that had them before it lose.
+func (s *processService) register(p *process) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.count += n
-	return s.count <= s.maxProcesses
+	if old := s.byPid[p.pid]; old != nil {
+		s.forgetLocked(old)
+	}
+	for _, old := range slices.Backward(s.ended) {
+		if p.tag != nil && old.hasTag(*p.tag) {
+			s.forgetLocked(old)
+		}
+	}
+	s.byPid[p.pid] = p
 }
 
 var errTooManyProcesses = errors.New("too many processes are running (--max-processes)")
 
+var exhausted = []error{errTooManyProcesses, errTooManyLaunches,
+	syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, syscall.ENOSPC}
+
 // startError is the wire error for a process that could not be started.
 func startError(req *pb.StartRequest, dir string, err error) error {
-	var launch *launchError
+	var failed *os.SyscallError
 	code := connect.CodeInvalidArgument
 	switch {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
 	case errors.Is(err, errLaunchTimeout):
 		code = connect.CodeDeadlineExceeded
-	case isExhausted(err):
+	case slices.ContainsFunc(exhausted, func(lack error) bool { return errors.Is(err, lack) }):
 		code = connect.CodeResourceExhausted
-	case errors.As(err, &launch) && launch.stage == "chdir":
-		if launch.errno == syscall.ENOENT {
+	case errors.As(err, &failed) && failed.Syscall == "chdir":
+		if failed.Err == syscall.ENOENT {
 			return wireError(code, "cwd '%s' does not exist", dir)
 		}
-		err = &os.PathError{Op: "chdir", Path: dir, Err: launch.errno}
-	case launch != nil:
+		err = &os.PathError{Op: "chdir", Path: dir, Err: failed.Err}
+	case failed != nil:
 		code = connect.CodeInternal
 	}
 	command := strings.Join(append([]string{req.GetProcess().GetCmd()}, req.GetProcess().GetArgs()...), " ")
@@ -355,156 +352,113 @@ func startError(req *pb.StartRequest, dir string, err error) error {
 	return wireError(code, "error starting process '%s': %w", command, err)
 }
 
-// isExhausted tells a lack of descriptors, memory or processes from other errors.
-func isExhausted(err error) bool {
-	return errors.Is(err, errTooManyProcesses) || errors.Is(err, errTooManyLaunches) || errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) ||
-		errors.Is(err, syscall.ENOMEM) || errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.ENOSPC)
-}
-
 // openFiles makes the process's side of stdin, stdout and stderr, or its terminal, and the daemon's side of them.
 func (p *process) openFiles(req *pb.StartRequest, spec *spawnSpec, poller *poller) (err error) {
 	output := func(kind outputKind, fd int) error {
-		unix.SetNonblock(fd, true)
-		out, err := newOutputPipe(kind, fd, p.log, poller, p.outputAtEnd)
+		out, err := newOutputPipe(kind, fd, p.log, poller, func() {
+			if p.open.Add(-1) == 0 {
+				close(p.eof)
+			}
+		})
 		p.outputs = append(p.outputs, out)
 		p.open.Add(1)
 		return err
 	}
-	if req.Pty != nil {
-		size := req.Pty.GetSize()
+	if size := req.Pty.GetSize(); req.Pty != nil {
 		master, slave, err := openPTY(size.GetCols(), size.GetRows(), int(spec.user.uid))
 		if err != nil {
 			return err
 		}
-		spec.fds[0] = slave
+		spec.fds = [3]int{slave, slave, slave}
 		if err := output(ptyKind, master); err != nil {
 			return err
 		}
-		for i := 1; i < 3; i++ {
-			if spec.fds[i], err = dup(slave); err != nil {
-				return err
-			}
-		}
 		// A descriptor of its own, so that the two sides can be closed one without the other.
-		fd, err := dup(master)
-		if err != nil {
-			return err
+		fd, err := unix.FcntlInt(uintptr(master), unix.F_DUPFD_CLOEXEC, 3)
+		if err == nil {
+			p.input = newInputPipe(fd)
 		}
-		p.input = newInputPipe(fd)
-		return nil
+		return os.NewSyscallError("fcntl", err)
 	}
-	if req.Stdin == nil || req.GetStdin() {
-		read, write, err := pipe(spec.user)
-		if err != nil {
-			return err
+	var ours int
+	if req.Stdin != nil && !req.GetStdin() {
+		if spec.fds[0], err = unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+			return &os.PathError{Op: "open", Path: "/dev/null", Err: err}
 		}
-		spec.fds[0], p.input = read, newInputPipe(write)
-	} else if spec.fds[0], err = unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
-		return &os.PathError{Op: "open", Path: "/dev/null", Err: err}
+	} else if spec.fds[0], ours, err = pipe(spec.user); err != nil {
+		return err
+	} else {
+		p.input = newInputPipe(ours)
 	}
 	for i, kind := range []outputKind{stdoutKind, stderrKind} {
-		read, write, err := pipe(spec.user)
-		if err != nil {
-			return err
+		if ours, spec.fds[1+i], err = pipe(spec.user); err == nil {
+			err = output(kind, ours)
 		}
-		spec.fds[1+i] = write
-		if err := output(kind, read); err != nil {
+		if err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (p *process) outputAtEnd() {
-	if p.open.Add(-1) == 0 {
-		close(p.eof)
-	}
-}
-
-// dropEndedLocked forgets ended processes; streams that still follow one are served to their end.
-func (s *processService) dropEndedLocked(which func(*process) bool) {
-	s.ended = slices.DeleteFunc(s.ended, func(p *process) bool {
-		if which(p) {
-			p.log.forget()
-			return true
-		}
-		return false
-	})
-}
-
-// exited carries a process on from its exit. It runs on the poller's goroutine: what the process wrote has been, or is
+// hasExited carries a process on from its exit. It runs on the poller's goroutine: what the process wrote has been, or is
 // here, read before, so that as a rule the process has ended, too.
-func (s *processService) exited(p *process) {
+func (s *processService) hasExited(p *process) {
 	if p.timeout != nil {
 		p.timeout.Stop()
 	}
-	targets := make([]int64, len(p.outputs))
-	for i, out := range p.outputs {
-		targets[i] = out.drain()
+	for _, out := range p.outputs {
+		out.drain()
 	}
 	s.mu.Lock()
-	if s.running[p.pid] == p { // else the pid has a new owner
-		delete(s.running, p.pid)
-	}
-	p.config = nil // may be large
-	s.count--
+	p.exited, p.config = true, nil // which may be large
+	s.running.Add(-1)
 	if s.ended = append(s.ended, p); len(s.ended) > s.retainCount {
-		s.ended[0].log.forget()
-		s.ended = slices.Delete(s.ended, 0, 1)
+		s.forgetLocked(s.ended[0])
 	}
 	s.mu.Unlock()
-	if p.input != nil {
-		p.input.close()
-	}
+	p.input.close() // for good: a write that waits fails
 	if p.open.Load() == 0 {
 		s.finish(p)
-		return
+	} else {
+		go s.linger(p)
 	}
-	go func() {
-		p.linger(targets, s.endSilence, s.endGrace)
-		s.finish(p)
-	}()
 }
 
-// finish makes the `end`.
 func (s *processService) finish(p *process) {
 	p.end = endEvent(p.child)
 	p.end.StartTime, p.end.EndTime = timestamppb.New(p.started), timestamppb.New(p.child.end)
 	p.end.OutputOpen = p.open.Load() > 0
-	p.log.finish()
+	p.outputs = nil // there may be thousands of ended processes
 	s.spawner.cgroups.release(p.child.leaf)
+	p.log.finish() // last, so that whom it wakes has the thread
 	slog.Debug("process ended", "logger", "process", "event_type", "process_end", "pid", p.pid, "status", p.end.Status)
 }
 
-// linger waits until the output is complete, as far as anyone can tell: at the end of every pipe; or when what was in them
+// linger finishes a process once its output is complete, as far as anyone can tell: at the end of every pipe; or when what was in them
 // at the exit has been read, and background children that hold them open have been silent for a while, or have talked for
 // too long, or the process was killed. While a client is what the pipes wait for, nobody is silent.
-func (p *process) linger(targets []int64, silence, grace time.Duration) {
+func (s *processService) linger(p *process) {
+	defer s.finish(p)
 	const step = 5 * time.Millisecond
-	tick := time.NewTicker(step)
-	defer tick.Stop()
+	ticks := time.Tick(step)
 	var quiet, total time.Duration
-	var last int64
-	for {
+	for last := int64(-1); ; {
 		select {
 		case <-p.eof:
 			return
-		case <-tick.C:
+		case <-ticks:
 		}
-		complete, sum := true, int64(0)
-		for i, out := range p.outputs {
-			n := out.logged.Load()
-			complete = complete && (n >= targets[i] || out.readable() == 0) // somebody else may read a pipe, too
-			sum += n
-		}
-		if !complete {
+		signaled, waits := p.signaled.Load(), func(o *outputPipe) bool { return !o.drained() }
+		if slices.ContainsFunc(p.outputs, waits) || s.spawner.cgroups.frozen() && !signaled {
 			continue
 		}
-		if total += step; sum != last || p.log.held() {
-			quiet, last = 0, sum
+		end, held := p.log.state()
+		if end != last || held {
+			quiet, last = 0, end
 		}
-		quiet += step
-		if p.signaled.Load() || quiet > silence || total >= grace {
+		quiet, total = quiet+step, total+step
+		if signaled || quiet > s.endSilence || total >= s.endGrace {
 			return
 		}
 	}
@@ -540,36 +494,29 @@ func endEvent(c *child) *pb.ProcessEvent_EndEvent {
 func (s *processService) find(selector *pb.ProcessSelector, alsoEnded bool) (*process, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var matches func(p *process) bool
 	var name string
+	var found *process
 	switch sel := selector.GetSelector().(type) {
 	case *pb.ProcessSelector_Pid:
-		matches = func(p *process) bool { return p.pid == sel.Pid }
-		name = fmt.Sprintf("pid %d", sel.Pid)
+		name, found = fmt.Sprintf("pid %d", sel.Pid), s.byPid[sel.Pid]
 	case *pb.ProcessSelector_Tag:
-		matches = func(p *process) bool { return p.tag != nil && *p.tag == sel.Tag }
 		name = "tag " + sel.Tag
-	default:
-		return nil, wireError(connect.CodeInvalidArgument, "invalid input type *process.ProcessSelector")
-	}
-	var found *process
-	for _, p := range s.running {
-		if matches(p) && (found == nil || p.started.Before(found.started)) {
-			found = p
-		}
-	}
-	if found == nil && alsoEnded {
-		for _, p := range s.ended {
-			if matches(p) {
+		for _, p := range s.byPid {
+			if p.hasTag(sel.Tag) && (found == nil || found.exited && !p.exited ||
+				found.exited == p.exited && p.started.Before(found.started)) {
 				found = p
 			}
 		}
+	default:
+		return nil, wireError(connect.CodeInvalidArgument, "invalid input type *process.ProcessSelector")
 	}
-	if found == nil {
+	if found == nil || found.exited && !alsoEnded {
 		return nil, wireError(connect.CodeNotFound, "process with %s not found", name)
 	}
 	return found, nil
 }
+
+func (p *process) hasTag(tag string) bool { return p.tag != nil && *p.tag == tag }
 
 // reply is the answer of a call that has nothing to tell but whether it failed.
 func reply[T any](err error) (*connect.Response[T], error) {
@@ -584,7 +531,9 @@ func (s *processService) Update(_ context.Context, req *connect.Request[pb.Updat
 	if size := req.Msg.GetPty().GetSize(); err == nil && size != nil {
 		if !p.terminal {
 			err = wireError(connect.CodeInternal, "error resizing tty: tty not assigned to process")
-		} else if failure := p.input.resize(size.GetCols(), size.GetRows()); failure != nil {
+		} else if failure := p.input.control(func(fd uintptr) error {
+			return resizePTY(int(fd), size.GetCols(), size.GetRows())
+		}); failure != nil {
 			err = wireError(connect.CodeInternal, "error resizing tty: %w", failure)
 		}
 	}
@@ -600,6 +549,8 @@ func (s *processService) SendInput(ctx context.Context, req *connect.Request[pb.
 }
 
 func (s *processService) StreamInput(ctx context.Context, stream *connect.ClientStream[pb.StreamInputRequest]) (*connect.Response[pb.StreamInputResponse], error) {
+	s.streams.Add(1)
+	defer s.streams.Add(-1)
 	var p *process
 	for stream.Receive() {
 		var err error
@@ -622,44 +573,39 @@ func (s *processService) StreamInput(ctx context.Context, stream *connect.Client
 			return nil, err
 		}
 	}
-	if err := stream.Err(); err != nil {
-		return nil, err
-	}
-	return connect.NewResponse(&pb.StreamInputResponse{}), nil
+	return reply[pb.StreamInputResponse](stream.Err())
 }
 
 // write passes on what a client sent to the stdin or the terminal of the process.
 func (p *process) write(ctx context.Context, input *pb.ProcessInput) error {
-	fail := func(to, format string, args ...any) error {
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		return wireError(connect.CodeInternal, "error writing to "+to+": "+format, args...)
-	}
+	to, err := "stdin", os.ErrClosed
 	switch in := input.GetInput().(type) {
 	case *pb.ProcessInput_Stdin:
 		if p.terminal {
-			return fail("stdin", "tty assigned to process %d, which takes its input as pty", p.pid)
+			return wireError(connect.CodeInternal,
+				"error writing to stdin: tty assigned to process %d, which takes its input as pty", p.pid)
 		}
-		if p.input == nil {
-			return fail("stdin", "stdin not enabled or closed")
-		}
-		if err := p.input.write(ctx, in.Stdin); errors.Is(err, os.ErrClosed) {
-			return fail("stdin", "stdin not enabled or closed")
-		} else if err != nil {
-			return fail("stdin", "error writing to stdin of process '%d': %w", p.pid, err)
+		if p.input != nil {
+			err = p.input.write(ctx, in.Stdin)
 		}
 	case *pb.ProcessInput_Pty:
 		if !p.terminal {
-			return fail("tty", "tty not assigned to process %d, which takes its input as stdin", p.pid)
+			return wireError(connect.CodeInternal,
+				"error writing to tty: tty not assigned to process %d, which takes its input as stdin", p.pid)
 		}
-		if err := p.input.write(ctx, in.Pty); err != nil {
-			return fail("tty", "error writing to tty of process '%d': %w", p.pid, err)
-		}
+		to, err = "tty", p.input.write(ctx, in.Pty)
 	default:
 		return wireError(connect.CodeInvalidArgument, "invalid input type <nil>")
 	}
-	return nil
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case to == "stdin" && (errors.Is(err, os.ErrClosed) || err == os.ErrInvalid):
+		return wireError(connect.CodeInternal, "error writing to stdin: stdin not enabled or closed")
+	}
+	return wireError(connect.CodeInternal, "error writing to %s: error writing to %[1]s of process '%[2]d': %[3]w", to, p.pid, err)
 }
 
 func (s *processService) CloseStdin(ctx context.Context, req *connect.Request[pb.CloseStdinRequest]) (*connect.Response[pb.CloseStdinResponse], error) {
@@ -670,7 +616,7 @@ func (s *processService) CloseStdin(ctx context.Context, req *connect.Request[pb
 		err = wireError(connect.CodeFailedPrecondition,
 			"error closing stdin: cannot close stdin for PTY process — send Ctrl+D (0x04) instead")
 	case p.input != nil:
-		err = p.input.closeInTurn(ctx)
+		err = p.input.inTurn(ctx, func() error { p.input.close(); return nil })
 	}
 	return reply[pb.CloseStdinResponse](err)
 }

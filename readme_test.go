@@ -68,6 +68,30 @@ func TestReadmeMakeRun(t *testing.T) {
 	}
 }
 
+// An auditor's commands, in a clean clone, with a binary that was released from it. Only the cache is not empty.
+func TestReadmeAudit(t *testing.T) {
+	t.Parallel()
+	audit := slices.IndexFunc(blocks(t, "README.md"), func(b block) bool { return strings.Contains(b.text, "make verify") })
+	if audit < 0 {
+		t.Fatal("README.md does not say how a binary is verified")
+	}
+	clone := filepath.Join(t.TempDir(), "clone")
+	if out, err := exec.Command("git", "clone", "--quiet", ".", clone).CombinedOutput(); err != nil {
+		t.Skipf("needs a git repository: %s", out)
+	}
+	script := `set -e
+commit=$(git rev-parse --short=12 HEAD)
+COMMIT=$commit tools/build envd-linux-amd64
+sha256sum envd-linux-amd64 >SHA256SUMS
+export CACHE=$(go env GOCACHE)
+` + blocks(t, "README.md")[audit].text
+	cmd := exec.Command("sh", "-c", script)
+	cmd.Dir = clone
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "the same to the bit") {
+		t.Errorf("the auditor's commands: %v\n%s", err, out)
+	}
+}
+
 // Each example is a file that e2e runs, shown without its first line.
 func TestReadmeExamples(t *testing.T) {
 	t.Parallel()

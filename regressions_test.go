@@ -123,6 +123,7 @@ func TestMessagesAreBounded(t *testing.T) {
 
 // What a start that never gets anywhere was told is not kept.
 func TestConfigIsNotKept(t *testing.T) {
+	needNoRace(t)
 	d := startDaemon(t)
 	argument := strings.Repeat("a", 10<<20)
 	for range 12 {

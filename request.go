@@ -3,11 +3,16 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"mime"
 	"net/http"
+	"strconv"
+	"strings"
+	"time"
 )
 
 type request struct {
@@ -20,10 +25,6 @@ type request struct {
 }
 
 type requestKey struct{}
-
-func withRequest(ctx context.Context, r *request) context.Context {
-	return context.WithValue(ctx, requestKey{}, r)
-}
 
 func requestOf(ctx context.Context) *request {
 	if r, ok := ctx.Value(requestKey{}).(*request); ok {
@@ -45,6 +46,52 @@ func actingUser(ctx context.Context, users *userDB, defaultUser string) (account
 		return a, fmt.Errorf("invalid default user: '%s'", defaultUser)
 	}
 	return a, nil
+}
+
+// keepAliveInterval reads Keepalive-Ping-Interval, in seconds.
+func keepAliveInterval(header http.Header, standard time.Duration) time.Duration {
+	seconds, err := strconv.ParseInt(cmp.Or(header.Get("Keepalive-Ping-Interval"), "0"), 10, 64)
+	if err != nil || seconds <= 0 {
+		return standard
+	}
+	return time.Duration(min(seconds, 86400)) * time.Second
+}
+
+// weight is an element of a header such as Accept: a name, in lower case, and its q (RFC 9110, section 12.4.2).
+type weight struct {
+	name string
+	q    float64
+}
+
+func weights(header []string) (list []weight) {
+	for part := range strings.SplitSeq(strings.Join(header, ","), ",") {
+		name, parameters, _ := mime.ParseMediaType(part)
+		w := weight{name, 1}
+		if q, err := strconv.ParseFloat(parameters["q"], 64); err == nil {
+			w.q = q
+		}
+		if name != "" {
+			list = append(list, w)
+		}
+	}
+	return list
+}
+
+// weightOf is how welcome a media type is. The range that names it most closely decides; what is not named is not welcome.
+func weightOf(accept []weight, mediaType string) float64 {
+	family, _, _ := strings.Cut(mediaType, "/")
+	for _, name := range []string{mediaType, family + "/*", "*/*"} {
+		q := -1.0
+		for _, w := range accept {
+			if w.name == name {
+				q = max(q, w.q)
+			}
+		}
+		if q >= 0 {
+			return q
+		}
+	}
+	return 0
 }
 
 func writeJSON(w http.ResponseWriter, value any) {

@@ -186,6 +186,10 @@ type wire struct {
 // client makes one with a connection of its own, on which `then` runs when `after` bytes have been read.
 func (w wire) client(d *daemon, after int64, then func(net.Conn) (int64, error)) (_ pb.ProcessClient, closeAll func()) {
 	dialer := &net.Dialer{}
+	dial := dialer.DialContext
+	if d.netns != nil {
+		dial = d.netns.dialWith(dialer)
+	}
 	if w.receiveBuffer > 0 {
 		dialer.Control = func(_, _ string, raw syscall.RawConn) error {
 			return raw.Control(func(fd uintptr) {
@@ -196,7 +200,7 @@ func (w wire) client(d *daemon, after int64, then func(net.Conn) (int64, error))
 		}
 	}
 	transport := &http.Transport{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-		conn, err := dialer.DialContext(ctx, network, addr)
+		conn, err := dial(ctx, network, addr)
 		if err != nil {
 			return nil, err
 		}

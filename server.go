@@ -8,8 +8,10 @@ package main
 import (
 	"container/list"
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
@@ -41,42 +43,33 @@ type route struct {
 
 type server struct {
 	serverOptions
-	token    *accessToken
-	settings *settings
-	users    *userDB
-	routes   map[string][]route // by path
-	services map[string]http.Handler
-	rpcError *connect.ErrorWriter
-	waiting  waitingConns
-	requests atomic.Int64
+	token     *accessToken
+	users     *userDB
+	lifecycle *lifecycle
+	routes    []route
+	services  func() map[string]http.Handler // by path prefix; made at the first call, which is later than the first /health
+	ready     chan struct{}                  // closed when all that requests may need is there
+	conns     connections
+	requests  atomic.Int64 // being served
+	served    atomic.Int64 // and ever
+	http      *http.Server
 }
 
-func newServer(o serverOptions, token *accessToken, settings *settings, users *userDB) *server {
-	s := &server{serverOptions: o, token: token, settings: settings, users: users, routes: map[string][]route{},
-		services: map[string]http.Handler{}, rpcError: connect.NewErrorWriter()}
-	s.waiting = waitingConns{max: o.maxWaiting, conns: map[net.Conn]*list.Element{}}
-	s.handle(route{"GET", "/health", true, s.health})
-	s.handle(route{"GET", "/envs", false, s.envs})
-	return s
-}
-
-func (s *server) handle(r route) { s.routes[r.path] = append(s.routes[r.path], r) }
-
-// service adds an RPC service under its path prefix, as connect's constructors give them.
-func (s *server) service(prefix string, h http.Handler) { s.services[prefix] = h }
-
-func (s *server) httpServer() *http.Server {
+func newServer(o serverOptions, token *accessToken, users *userDB, lifecycle *lifecycle) *server {
+	s := &server{serverOptions: o, token: token, users: users, lifecycle: lifecycle, ready: make(chan struct{})}
+	s.conns = connections{max: o.maxWaiting, open: map[net.Conn]*connection{}}
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
-	return &http.Server{
+	// No IdleTimeout: its timer would hold each HTTP/2 connection that breaks with open streams in memory until it fires
+	// (closeStream of net/http sets it once more). tick does it.
+	s.http = &http.Server{
 		Handler: s, Protocols: &protocols, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: 1000},
-		ReadHeaderTimeout: s.headerTimeout, IdleTimeout: s.idleTimeout, MaxHeaderBytes: 1 << 20,
-		ConnState: s.waiting.changed,
-		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return context.WithValue(ctx, connKey{}, c)
-		},
+		ReadHeaderTimeout: s.headerTimeout, MaxHeaderBytes: 1 << 20,
+		ConnState:   s.conns.changed,
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 	}
+	return s
 }
 
 type connKey struct{}
@@ -95,22 +88,43 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer s.requests.Add(-1)
-	if s.requests.Add(1) > int64(s.maxRequests) && r.URL.Path != "/health" {
-		jsonError(w, http.StatusServiceUnavailable, "too many requests are being served (--max-requests)")
+	requests := s.requests.Add(1)
+	s.served.Add(1)
+	if r.URL.Path != "/health" {
+		if requests > int64(s.maxRequests) {
+			jsonError(w, http.StatusServiceUnavailable, "too many requests are being served (--max-requests)")
+			return
+		}
+		select {
+		case <-s.ready:
+		case <-r.Context().Done(): // its client has not waited
+			return
+		}
+	}
+	conn := connOf(r)
+	if r.ProtoMajor == 1 && r.ContentLength != 0 {
+		s.conns.waits(conn, true)
+		r.Body = &countedBody{r.Body, func(more bool) { s.conns.waits(conn, more) }}
+	}
+	if s.noLocalClients && fromHere(r) {
+		jsonError(w, http.StatusForbidden, "clients on this machine are refused (--no-local-clients)")
 		return
 	}
-	if conn := connOf(r); r.ProtoMajor == 1 && r.ContentLength != 0 {
-		s.waiting.set(conn, true)
-		r.Body = &countedBody{r.Body, func(more bool) { s.waiting.set(conn, more) }}
-	}
-	if reason := s.refusal(r); reason != "" {
-		jsonError(w, http.StatusForbidden, reason)
+	if origin := r.Header.Get("Origin"); origin != "" && s.isnotfc && !s.token.isSet() && !s.originAllowed(origin) {
+		// Any page that a developer visits could run commands otherwise.
+		jsonError(w, http.StatusForbidden, fmt.Sprintf("origin %s is not allowed (--allow-origin)", origin))
 		return
 	}
-	routes := s.routes[r.URL.Path]
-	i := slices.IndexFunc(routes, func(o route) bool { return o.method == r.Method })
-	exempt := i >= 0 && routes[i].open
-	if s.token.isSet() && !exempt && !s.token.matches(r.Header.Get("X-Access-Token")) {
+	var found *route
+	var others []string
+	for i, o := range s.routes {
+		if o.path == r.URL.Path && o.method == r.Method {
+			found = &s.routes[i]
+		} else if o.path == r.URL.Path {
+			others = append(others, o.method)
+		}
+	}
+	if s.token.isSet() && (found == nil || !found.open) && !s.token.matches(r.Header.Get("X-Access-Token")) {
 		jsonError(w, http.StatusUnauthorized,
 			"unauthorized access, please provide a valid access token or method signing if supported")
 		return
@@ -121,19 +135,21 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if name, _, named := r.BasicAuth(); named {
 		user, err := s.users.lookup(name)
 		if err != nil {
-			s.rpcError.Write(w, r, connect.NewError(connect.CodeUnauthenticated, fmt.Errorf("invalid username: '%s'", name)))
+			connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnauthenticated, fmt.Errorf("invalid username: '%s'", name)))
 			return
 		}
 		req.user = &user
 	}
-	r = r.WithContext(withRequest(r.Context(), req))
+	r = r.WithContext(context.WithValue(r.Context(), requestKey{}, req))
 	switch {
-	case i >= 0:
-		routes[i].handler(w, r)
-	case len(routes) > 0:
-		for _, other := range routes {
-			w.Header().Add("Allow", other.method)
+	case found != nil:
+		if slices.Contains(lifecyclePaths, r.URL.Path) {
+			s.conns.with(conn, func(o *connection) { o.carried++ })
+			defer s.conns.with(conn, func(o *connection) { o.carried-- })
 		}
+		found.handler(w, r)
+	case others != nil:
+		w.Header()["Allow"] = others
 		w.WriteHeader(http.StatusMethodNotAllowed)
 	default:
 		s.serveRPC(flusher, r)
@@ -155,8 +171,7 @@ func (w *heldWriter) Flush() {
 }
 
 func (s *server) serveRPC(w http.ResponseWriter, r *http.Request) {
-	slash := strings.LastIndexByte(r.URL.Path, '/')
-	service := s.services[r.URL.Path[:slash+1]]
+	service := s.services()[r.URL.Path[:strings.LastIndexByte(r.URL.Path, '/')+1]]
 	if service == nil {
 		http.NotFound(w, r)
 		return
@@ -167,9 +182,8 @@ func (s *server) serveRPC(w http.ResponseWriter, r *http.Request) {
 	service.ServeHTTP(w, r)
 }
 
-var exposedHeaders = strings.Join([]string{"Grpc-Status", "Grpc-Message", "Grpc-Status-Details-Bin", "Location", "Cache-Control",
-	"X-Content-Type-Options", "Connect-Content-Encoding", "Connect-Protocol-Version", "Grpc-Encoding", "Envd-Output-Offset",
-	"Envd-Output-Lost"}, ", ")
+const exposedHeaders = "Grpc-Status, Grpc-Message, Grpc-Status-Details-Bin, Location, Cache-Control, X-Content-Type-Options, " +
+	"Connect-Content-Encoding, Connect-Protocol-Version, Grpc-Encoding, Envd-Output-Offset, Envd-Output-Lost"
 
 // cors lets every origin in, without credentials; it answers preflights itself and tells so. Fetch standard, section 3.2.
 func (s *server) cors(w http.ResponseWriter, r *http.Request) (answered bool) {
@@ -184,11 +198,7 @@ func (s *server) cors(w http.ResponseWriter, r *http.Request) (answered bool) {
 		return false
 	}
 	h.Add("Vary", "Origin, Access-Control-Request-Method, Access-Control-Request-Headers")
-	switch method {
-	case "HEAD", "GET", "POST", "PUT", "PATCH", "DELETE":
-		if origin == "" {
-			break
-		}
+	if origin != "" && slices.Contains([]string{"HEAD", "GET", "POST", "PUT", "PATCH", "DELETE"}, method) {
 		h.Set("Access-Control-Allow-Origin", "*")
 		h.Set("Access-Control-Allow-Methods", method)
 		if headers := r.Header.Get("Access-Control-Request-Headers"); headers != "" {
@@ -198,18 +208,6 @@ func (s *server) cors(w http.ResponseWriter, r *http.Request) (answered bool) {
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return true
-}
-
-// refusal says why this peer or page may not ask at all.
-func (s *server) refusal(r *http.Request) string {
-	if s.noLocalClients && s.fromHere(r) {
-		return "clients on this machine are refused (--no-local-clients)"
-	}
-	if origin := r.Header.Get("Origin"); origin != "" && s.isnotfc && !s.token.isSet() && !s.originAllowed(origin) {
-		// Any page that a developer visits could run commands otherwise.
-		return fmt.Sprintf("origin %s is not allowed (--allow-origin)", origin)
-	}
-	return ""
 }
 
 func (s *server) originAllowed(origin string) bool {
@@ -225,75 +223,152 @@ func (s *server) originAllowed(origin string) bool {
 }
 
 // fromHere tells whether the peer's address is one of this machine's own.
-func (s *server) fromHere(r *http.Request) bool {
+func fromHere(r *http.Request) bool {
 	host, _, _ := net.SplitHostPort(r.RemoteAddr)
 	peer := net.ParseIP(host)
-	if peer == nil || peer.IsLoopback() {
-		return true
-	}
-	if local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr); ok && local.IP.Equal(peer) {
-		return true
-	}
 	addrs, err := net.InterfaceAddrs()
-	if err != nil {
-		return true
+	if local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr); ok {
+		addrs = append(addrs, &net.IPNet{IP: local.IP})
 	}
-	return slices.ContainsFunc(addrs, func(a net.Addr) bool {
+	return err != nil || peer == nil || peer.IsLoopback() || slices.ContainsFunc(addrs, func(a net.Addr) bool {
 		n, ok := a.(*net.IPNet)
 		return ok && n.IP.Equal(peer)
 	})
 }
 
-// health answers without a lock that other work could hold.
+// lifecyclePaths are those of requests that begin or end the preparation of a snapshot: their connections are alive.
+var lifecyclePaths = []string{"/health", "/init", "/snapshot/prepare"}
+
+// health is also how the host says that it goes on after a snapshot. It waits for no lock that other work could hold.
 func (s *server) health(w http.ResponseWriter, r *http.Request) {
-	writeJSON(w, map[string]string{"version": s.version})
+	if s.lifecycle.state.Load() >= statePrepared && (s.isnotfc || !fromHere(r)) { // else a guest could end what its host has prepared
+		s.lifecycle.restore(restoreWait, []byte(r.RemoteAddr), fmt.Append(nil, r.Header))
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	fmt.Fprintf(w, "{\"version\":%q}\n", s.version) // at the start encoding/json would take a tenth of the time until the first answer
 }
 
-func (s *server) envs(w http.ResponseWriter, r *http.Request) {
-	writeJSON(w, s.settings.environment())
+func (s *server) prepare(w http.ResponseWriter, r *http.Request) {
+	if !s.isnotfc && fromHere(r) {
+		jsonError(w, http.StatusForbidden, "a sandbox cannot prepare its own snapshot")
+		return
+	}
+	s.lifecycle.prepare(w, r)
 }
 
-// waitingConns bounds the HTTP/1 connections that wait for their client: for a request, half-open ones among them, or for the
-// rest of its body. Each costs some 20 KiB. Beyond the bound the one that has waited longest is closed.
-type waitingConns struct {
+// quiesce and resume are the hooks of the lifecycle: no idle connection gets into a snapshot; those that get there because they
+// are in use are dead when it is resumed, and reset, so that no handler waits for a client that is gone.
+func (s *server) quiesce(time.Time) {
+	s.http.SetKeepAlivesEnabled(false) // closes what is idle, but for HTTP/2
+	s.conns.each(func(c net.Conn, o *connection) {
+		o.old = true
+		if !o.idle.IsZero() {
+			c.Close()
+		}
+	})
+}
+
+func (s *server) resume() {
+	s.conns.each(func(c net.Conn, o *connection) {
+		if o.old && o.carried == 0 {
+			c.(*net.TCPConn).SetLinger(0)
+			c.Close()
+		}
+	})
+	s.http.SetKeepAlivesEnabled(true)
+}
+
+// tireless goes on whatever accept(2), or a full epoll set (ENOSPC), fails with: for most of it net/http would stop serving.
+type tireless struct{ net.Listener }
+
+func (l tireless) Accept() (conn net.Conn, err error) {
+	for said := false; ; said = true {
+		if conn, err = l.Listener.Accept(); err == nil || errors.Is(err, net.ErrClosed) {
+			return conn, err
+		}
+		if !said {
+			slog.Warn("a connection was not accepted", "logger", "envd", "error", err)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// tick is called about once a second.
+func (s *server) tick(now time.Time) {
+	s.conns.each(func(c net.Conn, o *connection) {
+		if !o.idle.IsZero() && now.Sub(o.idle) >= s.idleTimeout {
+			c.Close()
+		}
+	})
+}
+
+// connections are all that are open. It bounds those of HTTP/1 that wait for their client: for a request, half-open ones among
+// them, or for the rest of its body. Each costs some 20 KiB. Beyond the bound the one that has waited longest is closed.
+type connections struct {
 	max int
 
-	mu    sync.Mutex // protects what follows
-	order list.List  // of net.Conn, the longest waiting first
-	conns map[net.Conn]*list.Element
+	mu      sync.Mutex // protects what follows, and every connection; nothing is done under it that takes time
+	open    map[net.Conn]*connection
+	waiting list.List // of net.Conn, the longest waiting first
 }
 
-func (wc *waitingConns) changed(c net.Conn, state http.ConnState) {
-	wc.set(c, state == http.StateNew || state == http.StateIdle)
+type connection struct {
+	place   *list.Element // in waiting, or nil
+	idle    time.Time     // since when; zero: it is not
+	old     bool          // was there when a snapshot was prepared
+	carried int           // requests of lifecyclePaths that it carries
 }
 
-func (wc *waitingConns) set(c net.Conn, waits bool) {
-	wc.mu.Lock()
-	defer wc.mu.Unlock()
-	wc.removeLocked(c)
+func (cs *connections) each(do func(net.Conn, *connection)) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for c, o := range cs.open {
+		do(c, o)
+	}
+}
+
+func (cs *connections) changed(c net.Conn, state http.ConnState) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if state == http.StateNew {
+		cs.open[c] = &connection{}
+	}
+	if o := cs.open[c]; o != nil {
+		if o.idle = (time.Time{}); state == http.StateIdle {
+			o.idle = time.Now()
+		}
+		cs.waitsLocked(c, o, state == http.StateIdle || state == http.StateNew)
+	}
+	if state == http.StateClosed || state == http.StateHijacked {
+		delete(cs.open, c)
+	}
+}
+
+func (cs *connections) with(c net.Conn, do func(*connection)) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if o := cs.open[c]; o != nil {
+		do(o)
+	}
+}
+
+func (cs *connections) waits(c net.Conn, waits bool) {
+	cs.with(c, func(o *connection) { cs.waitsLocked(c, o, waits) })
+}
+
+func (cs *connections) waitsLocked(c net.Conn, o *connection, waits bool) {
+	if o.place != nil {
+		cs.waiting.Remove(o.place)
+		o.place = nil
+	}
 	if waits {
-		wc.conns[c] = wc.order.PushBack(c)
+		o.place = cs.waiting.PushBack(c)
 	}
-	if wc.order.Len() > wc.max {
-		oldest := wc.order.Front().Value.(net.Conn)
-		wc.removeLocked(oldest)
+	if cs.waiting.Len() > cs.max {
+		oldest := cs.waiting.Front().Value.(net.Conn)
+		cs.waitsLocked(oldest, cs.open[oldest], false)
 		oldest.Close()
-	}
-}
-
-func (wc *waitingConns) removeLocked(c net.Conn) {
-	if e := wc.conns[c]; e != nil {
-		wc.order.Remove(e)
-		delete(wc.conns, c)
-	}
-}
-
-// closeAll is for the end, which waits for requests but not for their clients.
-func (wc *waitingConns) closeAll() {
-	wc.mu.Lock()
-	defer wc.mu.Unlock()
-	for c := range wc.conns {
-		c.Close()
 	}
 }
 

@@ -3,20 +3,38 @@
 package main
 
 import (
+	"cmp"
 	"maps"
+	"slices"
+	"strings"
 	"sync"
 )
 
-// systemVariables are the daemon's own; no client changes them.
-var systemVariables = map[string]bool{
-	"WRENN_SANDBOX": true, "WRENN_SANDBOX_ID": true, "WRENN_TEMPLATE_ID": true, "WRENN_EVENTS_ADDRESS": true,
-}
+// systemVariables are the daemon's own, without their prefix; no client changes them.
+var systemVariables = []string{"SANDBOX", "SANDBOX_ID", "TEMPLATE_ID", "EVENTS_ADDRESS"}
 
 type settings struct {
+	e2bNames bool // system variables go by their E2B_ names as well
+
 	mu             sync.RWMutex // protects what follows
 	env            map[string]string
 	defaultUser    string
 	defaultWorkdir string
+}
+
+func (s *settings) isSystem(name string) bool {
+	prefix, rest, _ := strings.Cut(name, "_")
+	return slices.Contains(systemVariables, rest) && (prefix == "WRENN" || prefix == "E2B" && s.e2bNames)
+}
+
+// setSystem sets one of the daemon's own variables, named without its prefix.
+func (s *settings) setSystem(name, value string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.env["WRENN_"+name] = value
+	if s.e2bNames {
+		s.env["E2B_"+name] = value
+	}
 }
 
 // merge adds a client's variables; what is not named stays.
@@ -24,16 +42,12 @@ func (s *settings) merge(env map[string]string, defaultUser, defaultWorkdir stri
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for name, value := range env {
-		if !systemVariables[name] {
+		if !s.isSystem(name) {
 			s.env[name] = value
 		}
 	}
-	if defaultUser != "" {
-		s.defaultUser = defaultUser
-	}
-	if defaultWorkdir != "" {
-		s.defaultWorkdir = defaultWorkdir
-	}
+	s.defaultUser = cmp.Or(defaultUser, s.defaultUser)
+	s.defaultWorkdir = cmp.Or(defaultWorkdir, s.defaultWorkdir)
 }
 
 func (s *settings) environment() map[string]string {

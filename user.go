@@ -1,8 +1,7 @@
 // Users of the guest: the passwd and group databases, read from their files and nothing else.
 //
-// Images add users while they run, so each lookup checks whether the files are still the same (device, inode, size, mtime,
-// ctime) and reads them again when not. os/user is not used: it remembers the current user for ever and fills gaps from
-// the environment. Formats: passwd(5), group(5).
+// Images add users while they run, so whoever asks looks whether the files are still the same, and reads them again when not.
+// os/user is not used: it remembers the current user for ever and fills gaps from the environment. Formats: passwd(5), group(5).
 
 package main
 
@@ -11,7 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"syscall"
 )
 
@@ -26,59 +25,52 @@ type unknownUserError string
 
 func (e unknownUserError) Error() string { return "user: unknown user " + string(e) }
 
-type userDB struct {
-	mu            sync.Mutex // protects what follows
-	passwd, group fileIdentity
-	accounts      map[string]account
-	userNames     map[uint32]string
-}
+// idNames gives the number itself for an id without a name.
+type idNames map[uint32]string
 
-type fileIdentity struct {
-	dev, ino     uint64
-	size         int64
-	mtime, ctime syscall.Timespec
-}
-
-func identify(path string) fileIdentity {
-	var st syscall.Stat_t
-	if syscall.Stat(path, &st) != nil {
-		return fileIdentity{size: -1}
+func (names idNames) of(id uint32) string {
+	if name, ok := names[id]; ok {
+		return name
 	}
-	return fileIdentity{dev: uint64(st.Dev), ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
+	return strconv.FormatUint(uint64(id), 10)
+}
+
+// users are those of one state of the files. Nobody changes them.
+type users struct {
+	passwd, group     syscall.Stat_t // of the files; zero where there is none
+	accounts          map[string]account
+	names, groupNames idNames
+}
+
+type userDB struct{ last atomic.Pointer[users] }
+
+func identify(path string) (st syscall.Stat_t) {
+	if syscall.Stat(path, &st) != nil {
+		return syscall.Stat_t{}
+	}
+	st.Atim = syscall.Timespec{} // reading is no change
+	return st
 }
 
 func (db *userDB) lookup(name string) (account, error) {
-	db.mu.Lock()
-	defer db.mu.Unlock()
-	db.refreshLocked()
-	if a, ok := db.accounts[name]; ok {
+	if a, ok := db.now().accounts[name]; ok {
 		return a, nil
 	}
 	return account{}, unknownUserError(name)
 }
 
-// userName gives the number itself for an id without a name.
-func (db *userDB) userName(uid uint32) string {
-	db.mu.Lock()
-	defer db.mu.Unlock()
-	db.refreshLocked()
-	if name, ok := db.userNames[uid]; ok {
-		return name
-	}
-	return strconv.FormatUint(uint64(uid), 10)
-}
-
-func (db *userDB) refreshLocked() {
+func (db *userDB) now() *users {
 	passwd, group := identify("/etc/passwd"), identify("/etc/group")
-	if db.accounts != nil && passwd == db.passwd && group == db.group {
-		return
+	if last := db.last.Load(); last != nil && last.passwd == passwd && last.group == group {
+		return last
 	}
-	db.passwd, db.group = passwd, group
-	db.accounts, db.userNames = map[string]account{}, map[uint32]string{}
+	u := &users{passwd, group, map[string]account{}, idNames{}, idNames{}}
 	members := map[string][]uint32{}
 	readDatabase("/etc/group", 4, func(f []string) {
+		gid := number(f[2])
+		u.groupNames[gid] = f[0]
 		for member := range strings.SplitSeq(f[3], ",") {
-			members[member] = append(members[member], number(f[2]))
+			members[member] = append(members[member], gid)
 		}
 	})
 	readDatabase("/etc/passwd", 7, func(f []string) {
@@ -86,17 +78,22 @@ func (db *userDB) refreshLocked() {
 		a.groups = append(members[a.name], a.gid)
 		slices.Sort(a.groups)
 		a.groups = slices.Compact(a.groups)
-		db.accounts[a.name], db.userNames[a.uid] = a, a.name
+		u.accounts[a.name], u.names[a.uid] = a, a.name
 	})
 	// Whoever runs envd can be acted for without a line of its own; root only where there is no database at all.
 	self := account{name: strconv.Itoa(os.Geteuid()), home: "/", uid: uint32(os.Geteuid()), gid: uint32(os.Getegid())}
+	if _, err := os.Stat("/root"); self.uid == 0 && err == nil {
+		self.home = "/root"
+	}
 	if self.uid == 0 {
-		self.name, self.home = "root", "/root"
+		self.name = "root"
 	}
-	if _, known := db.userNames[self.uid]; !known && (self.uid != 0 || passwd.size < 0) {
+	if _, known := u.names[self.uid]; !known && (self.uid != 0 || passwd.Nlink == 0) {
 		self.groups = []uint32{self.gid}
-		db.accounts[self.name], db.userNames[self.uid] = self, self.name
+		u.accounts[self.name], u.names[self.uid] = self, self.name
 	}
+	db.last.Store(u)
+	return u
 }
 
 // number reads an id that readDatabase has checked.

@@ -1,0 +1,573 @@
+// The Filesystem service: stat, list, make, move, remove; watching as a stream and by polling.
+//
+// A name that is not UTF-8, which a protobuf string cannot carry, is told with U+FFFD in place of its bad bytes.
+
+package main
+
+import (
+	"archive/tar"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	pb "envd/proto"
+)
+
+const (
+	pollingBytes = 16 << 20 // of events kept for all polling watchers together
+	eventBytes   = 160      // what an event takes, and its name besides
+	listingBytes = 256 << 20
+	entryBytes   = 512 // what an entry takes, and three times its path besides
+)
+
+var (
+	errNotFetched = fmt.Errorf("more than %d MiB of events were not fetched", pollingBytes>>20)
+	errListings   = fmt.Errorf("the listings under way would take more than %d MiB", listingBytes>>20)
+)
+
+type fsService struct {
+	users     *userDB
+	settings  *settings
+	keepAlive time.Duration
+	idle      time.Duration // after which a polling watcher that nobody asks is closed
+	stopping  <-chan struct{}
+	streams   *atomic.Int64 // open ones, those of other services included
+
+	overflows atomic.Int64 // watchers that ended because events were lost
+	listing   atomic.Int64 // bytes of all listings whose answers are under way
+
+	mu       sync.Mutex // protects what follows
+	watchers map[string]*pollingWatcher
+	kept     int // bytes of events, of all of them
+}
+
+// resolve gives the acting user, and the path that a client means.
+func (s *fsService) resolve(ctx context.Context, path string) (account, string, error) {
+	defaultUser, defaultWorkdir := s.settings.defaults()
+	user, err := actingUser(ctx, s.users, defaultUser)
+	if err != nil {
+		return user, "", connect.NewError(connect.CodeUnauthenticated, err)
+	}
+	resolved, err := resolvePath(path, user.home, defaultWorkdir)
+	if err != nil {
+		err = fmt.Errorf("failed to expand path '%s' for user '%s': %w", path, user.name, err)
+		err = connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	return user, resolved, err
+}
+
+// fsError is the wire error for one of the kernel's: missing says what stands before ENOENT, "" that it is like any other.
+func fsError(err error, missing, other string) error {
+	code, prefix := connect.CodeInternal, other
+	var inWay fileInWay
+	switch {
+	case missing != "" && errors.Is(err, syscall.ENOENT):
+		code, prefix = connect.CodeNotFound, missing
+	case errors.As(err, &inWay):
+		return connect.NewError(code, inWay)
+	case slices.ContainsFunc([]error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, errWatchLimit, errInstanceLimit, errListings},
+		func(limit error) bool { return errors.Is(err, limit) }):
+		code = connect.CodeResourceExhausted
+	}
+	return connect.NewError(code, fmt.Errorf("%s: %w", prefix, err))
+}
+
+// ---- entries -------------------------------------------------------------------------------------------------------
+
+var permissionTexts sync.Map // by mode
+
+// permissionText writes a mode as Go does: the header of an archive has the kernel's bits.
+func permissionText(mode uint32) string {
+	text, known := permissionTexts.Load(mode)
+	if !known {
+		text = (&tar.Header{Mode: int64(mode)}).FileInfo().Mode().String()
+		permissionTexts.Store(mode, text)
+	}
+	return text.(string)
+}
+
+func (s *fsService) stat(path string) (*pb.EntryInfo, error) {
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return nil, fsError(&os.PathError{Op: "lstat", Path: path, Err: err}, "file not found", "error getting file info")
+	}
+	return entryOf(filepath.Base(path), path, path, &st, s.users.now()), nil
+}
+
+// entryOf describes what is at a path; shown is the path as the client knows it.
+func entryOf(name, path, shown string, st *unix.Stat_t, users *users) *pb.EntryInfo {
+	entry := &pb.EntryInfo{Name: valid(name), Path: valid(shown), Size: st.Size, Permissions: permissionText(st.Mode),
+		Owner: valid(users.names.of(st.Uid)), Group: valid(users.groupNames.of(st.Gid))}
+	modified := &timestamppb.Timestamp{Seconds: st.Mtim.Sec, Nanos: int32(st.Mtim.Nsec)}
+	if st.Mtim != (unix.Timespec{}) && modified.IsValid() { // JSON has no others
+		entry.ModifiedTime = modified
+	}
+	mode := st.Mode
+	if mode&unix.S_IFMT == unix.S_IFLNK {
+		var there unix.Stat_t
+		target, err := filepath.EvalSymlinks(path)
+		if err != nil {
+			target = shown
+		} else if unix.Stat(path, &there) != nil {
+			there.Mode = 0
+		}
+		target, mode = valid(target), there.Mode
+		entry.SymlinkTarget = &target
+	}
+	entry.Mode = mode & 0o777
+	switch mode & unix.S_IFMT {
+	case unix.S_IFDIR:
+		entry.Type = pb.FileType_FILE_TYPE_DIRECTORY
+	case unix.S_IFREG:
+		entry.Type = pb.FileType_FILE_TYPE_FILE
+	}
+	if entry.Type != pb.FileType_FILE_TYPE_UNSPECIFIED && entry.SymlinkTarget == nil {
+		entry.Metadata = metadataOf(xattrs(func(b []byte) (int, error) { return unix.Llistxattr(path, b) },
+			func(name string, b []byte) (int, error) { return unix.Lgetxattr(path, name, b) }, isMetadata))
+	}
+	return entry
+}
+
+func valid(text string) string { return strings.ToValidUTF8(text, "\uFFFD") }
+
+func (s *fsService) Stat(ctx context.Context, req *connect.Request[pb.StatRequest]) (*connect.Response[pb.StatResponse], error) {
+	_, path, err := s.resolve(ctx, req.Msg.GetPath())
+	if err != nil {
+		return nil, err
+	}
+	entry, err := s.stat(path)
+	return connect.NewResponse(&pb.StatResponse{Entry: entry}), err
+}
+
+func (s *fsService) ListDir(ctx context.Context, req *connect.Request[pb.ListDirRequest]) (*connect.Response[pb.ListDirResponse], error) {
+	_, path, err := s.resolve(ctx, req.Msg.GetPath())
+	if err != nil {
+		return nil, err
+	}
+	resolved, err := filepath.EvalSymlinks(path)
+	if err != nil && (strings.Contains(err.Error(), "too many links") || errors.Is(err, syscall.ELOOP)) {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("cyclic symlink or chain >255 links at %q", path))
+	} else if err != nil {
+		return nil, fsError(err, "path not found", "error resolving symlink")
+	}
+	info, err := os.Stat(resolved)
+	if err != nil {
+		return nil, fsError(err, "path not found", "error getting file info")
+	} else if !info.IsDir() {
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path is not a directory: %s", resolved))
+	}
+	res, held := &pb.ListDirResponse{}, int64(0)
+	defer func() { context.AfterFunc(ctx, func() { s.listing.Add(-held) }) }() // after the answer was sent
+	hold := func(bytes int64) error {
+		if held += bytes; s.listing.Add(bytes) > listingBytes {
+			return errListings
+		}
+		return ctx.Err()
+	}
+	err = appendEntries(hold, s.users.now(), resolved, filepath.Clean(path), max(req.Msg.GetDepth(), 1), &res.Entries)
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	} else if err != nil {
+		return nil, fsError(err, "", "error reading directory "+path)
+	}
+	return connect.NewResponse(res), nil
+}
+
+// appendEntries appends what is in a directory, in the order of a walk; the entries' paths begin with shown.
+func appendEntries(hold func(int64) error, users *users, dir, shown string, depth uint32, to *[]*pb.EntryInfo) error {
+	f, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var names []string
+	for err == nil {
+		var more []string
+		more, err = f.Readdirnames(4096)
+		names = append(names, more...)
+		if err := hold(int64(len(more)*(entryBytes+3*len(shown)) + 3*len(strings.Join(more, "")))); err != nil {
+			return err
+		}
+	}
+	if err != io.EOF {
+		return err
+	}
+	slices.Sort(names)
+	*to = slices.Grow(*to, len(names))
+	fd, dir, shown := int(f.Fd()), strings.TrimSuffix(dir, "/")+"/", strings.TrimSuffix(shown, "/")+"/"
+	for _, name := range names {
+		if err := hold(0); err != nil {
+			return err
+		}
+		var st unix.Stat_t
+		if unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW) == unix.ENOENT {
+			continue // gone by now; of what tells nothing, a dead FUSE mount say, the name is told
+		}
+		path := dir + name
+		shownPath := path
+		if shown != dir {
+			shownPath = shown + name
+		}
+		*to = append(*to, entryOf(name, path, shownPath, &st, users))
+		if st.Mode&unix.S_IFMT == unix.S_IFDIR && depth > 1 {
+			err := appendEntries(hold, users, path, shownPath, depth-1, to)
+			if err != nil && !errors.Is(err, syscall.ENOENT) && !errors.Is(err, syscall.ENOTDIR) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// ---- changes -------------------------------------------------------------------------------------------------------
+
+func (s *fsService) MakeDir(ctx context.Context, req *connect.Request[pb.MakeDirRequest]) (*connect.Response[pb.MakeDirResponse], error) {
+	user, path, err := s.resolve(ctx, req.Msg.GetPath())
+	if err != nil {
+		return nil, err
+	}
+	if info, err := os.Stat(path); err == nil && info.IsDir() {
+		return nil, connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("directory already exists: %s", path))
+	} else if err == nil {
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path already exists but it is not a directory: %s", path))
+	} else if !errors.Is(err, syscall.ENOENT) {
+		return nil, fsError(err, "", "error getting file info")
+	}
+	place, err := walkPath(walk{users: s.users, mkdirs: &user}, path+"/")
+	if err != nil {
+		return nil, fsError(err, "", "failed to create directory")
+	}
+	place.close()
+	entry, err := s.stat(path)
+	return connect.NewResponse(&pb.MakeDirResponse{Entry: entry}), err
+}
+
+// errNoPath refuses to take away the default directory, which an empty path means elsewhere: it is a variable without value.
+func errNoPath(what string) error {
+	return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("refused to %s an empty path, which means the default directory", what))
+}
+
+func (s *fsService) Move(ctx context.Context, req *connect.Request[pb.MoveRequest]) (*connect.Response[pb.MoveResponse], error) {
+	if req.Msg.GetSource() == "" || req.Msg.GetDestination() == "" {
+		return nil, errNoPath("move")
+	}
+	_, from, err := s.resolve(ctx, req.Msg.GetSource())
+	if err != nil {
+		return nil, err
+	}
+	user, to, err := s.resolve(ctx, req.Msg.GetDestination())
+	if err != nil {
+		return nil, err
+	}
+	if err := s.move(&user, from, to); err != nil {
+		return nil, fsError(err, "source file not found", "error renaming")
+	}
+	entry, err := s.stat(to)
+	return connect.NewResponse(&pb.MoveResponse{Entry: entry}), err
+}
+
+func (s *fsService) move(user *account, from, to string) (err error) {
+	defer func() {
+		errno, isErrno := errors.AsType[syscall.Errno](err)
+		if _, inWay := errors.AsType[fileInWay](err); isErrno && !inWay {
+			err = &os.LinkError{Op: "rename", Old: from, New: to, Err: errno}
+		}
+	}()
+	source, err := walkPath(walk{users: s.users}, strings.TrimRight(from, "/"))
+	if errors.Is(err, syscall.ENOTDIR) {
+		return syscall.ENOTDIR
+	} else if err != nil {
+		return err
+	}
+	defer source.close()
+	if source.name != "" && !source.exists() {
+		return unix.ENOENT
+	}
+	target, err := walkPath(walk{users: s.users, mkdirs: user}, strings.TrimRight(to, "/"))
+	if err != nil {
+		return err
+	}
+	defer target.close()
+	weaker, sameFile := source, source.st.Ino == target.st.Ino && source.st.Dev == target.st.Dev
+	if source.as == nil {
+		weaker = target
+	}
+	switch {
+	case source.name == "" || target.name == "" || source.name == ".." || target.name == "..":
+		return unix.EBUSY
+	case target.kind() == unix.S_IFDIR && !(sameFile && from != to):
+		return unix.EEXIST
+	case source.as != nil && target.as != nil && target.as.uid != source.as.uid:
+		return unix.EACCES
+	}
+	return weaker.do(func() error { return unix.Renameat(source.dir, source.name, target.dir, target.name) })
+}
+
+func (s *fsService) Remove(ctx context.Context, req *connect.Request[pb.RemoveRequest]) (*connect.Response[pb.RemoveResponse], error) {
+	if req.Msg.GetPath() == "" {
+		return nil, errNoPath("remove")
+	}
+	_, path, err := s.resolve(ctx, req.Msg.GetPath())
+	if err != nil {
+		return nil, err
+	}
+	place, err := walkPath(walk{users: s.users}, strings.TrimRight(path, "/"))
+	if err == nil {
+		defer place.close()
+		if err = (&os.PathError{Op: "RemoveAll", Path: path, Err: unix.EINVAL}); place.name != "" && place.name != ".." {
+			err = place.do(func() error { return removeAll(ctx, place.dir, place.name, place.path, 0) })
+		}
+	}
+	if err != nil && !errors.Is(err, syscall.ENOENT) {
+		return nil, fsError(err, "", "error removing file or directory")
+	}
+	return connect.NewResponse(&pb.RemoveResponse{}), nil
+}
+
+// removeAll removes what has a name in a directory, on descriptors: links are removed, never followed.
+func removeAll(ctx context.Context, dir int, name, path string, depth int) error {
+	err := unix.Unlinkat(dir, name, 0)
+	if err == unix.EISDIR || err == unix.EPERM { // the second may also mean a file that may not be removed
+		f, openErr := openIn(dir, name, path, unix.O_DIRECTORY)
+		if openErr == nil {
+			openErr = empty(ctx, f, depth)
+			f.Close()
+		}
+		if openErr == nil {
+			err = unix.Unlinkat(dir, name, unix.AT_REMOVEDIR)
+		} else if !errors.Is(openErr, unix.ENOTDIR) {
+			return openErr
+		}
+	}
+	if err == nil || err == unix.ENOENT {
+		return nil
+	}
+	return &os.PathError{Op: "unlinkat", Path: path, Err: err}
+}
+
+func empty(ctx context.Context, dir *os.File, depth int) error {
+	if depth > maxDepth {
+		return &os.PathError{Op: "unlinkat", Path: dir.Name(), Err: unix.ENAMETOOLONG}
+	}
+	for {
+		names, err := dir.Readdirnames(1024)
+		if err == io.EOF {
+			return ctx.Err()
+		}
+		for i := 0; i < len(names) && err == nil; i++ {
+			err = removeAll(ctx, int(dir.Fd()), names[i], dir.Name()+"/"+names[i], depth+1)
+		}
+		if err == nil {
+			_, err = dir.Seek(0, io.SeekStart) // some filesystems skip entries when others are removed meanwhile
+		}
+		if err = cmp.Or(err, ctx.Err()); err != nil {
+			return err
+		}
+	}
+}
+
+// ---- watching ------------------------------------------------------------------------------------------------------
+
+// pollingWatcher collects events for a client that asks for them. The service's mutex protects it.
+type pollingWatcher struct {
+	*watcher
+	includeEntry bool
+	kept         []watchEvent
+	bytes        int // of them
+	failure      error
+	asked        time.Time
+}
+
+func (s *fsService) watch(ctx context.Context, path string, recursive, networkMounts bool) (*watcher, error) {
+	_, path, err := s.resolve(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	info, err := os.Stat(path)
+	switch {
+	case err != nil:
+		return nil, fsError(err, fmt.Sprintf("path %s not found", path), "error getting path info")
+	case !info.IsDir():
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path %s not a directory", path))
+	case !networkMounts && isNetwork(path):
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("cannot watch path on network filesystem: %s", path))
+	}
+	w, err := newWatcher(path, recursive, networkMounts)
+	if err != nil {
+		return nil, fsError(err, fmt.Sprintf("path %s not found", path), "error creating watcher")
+	}
+	return w, nil
+}
+
+// ended counts a watcher that has lost events.
+func (s *fsService) ended(err error) error {
+	if errors.Is(err, errWatchOverflow) || errors.Is(err, errNotFetched) {
+		s.overflows.Add(1)
+	}
+	return err
+}
+
+// tell makes the message of an event; its entry is what is there now.
+func (s *fsService) tell(event watchEvent, root string, includeEntry bool) *pb.FilesystemEvent {
+	message := &pb.FilesystemEvent{Name: valid(event.name), Type: pb.EventType(event.op)}
+	if includeEntry && event.op != watchRemove && event.op != watchRename {
+		message.Entry, _ = s.stat(filepath.Join(root, event.name))
+	}
+	return message
+}
+
+func (s *fsService) WatchDir(ctx context.Context, req *connect.Request[pb.WatchDirRequest], stream *connect.ServerStream[pb.WatchDirResponse]) error {
+	w, err := s.watch(ctx, req.Msg.GetPath(), req.Msg.GetRecursive(), req.Msg.GetAllowNetworkMounts())
+	if err != nil {
+		return err
+	}
+	defer w.close()
+	s.streams.Add(1)
+	defer s.streams.Add(-1)
+	if err := stream.Send(&pb.WatchDirResponse{Event: &pb.WatchDirResponse_Start{Start: &pb.WatchDirResponse_StartEvent{}}}); err != nil {
+		return err
+	}
+	interval := keepAliveInterval(req.Header(), s.keepAlive)
+	keepAlive := time.NewTimer(interval)
+	defer keepAlive.Stop()
+	for {
+		select {
+		case batch, more := <-w.events:
+			if !more {
+				return fsError(s.ended(w.err), "", "watcher error")
+			}
+			for _, event := range batch {
+				message := s.tell(event, w.root, req.Msg.GetIncludeEntry())
+				if err := stream.Send(&pb.WatchDirResponse{Event: &pb.WatchDirResponse_Filesystem{Filesystem: message}}); err != nil {
+					return err
+				}
+			}
+		case <-keepAlive.C:
+			if err := stream.Send(&pb.WatchDirResponse{Event: &pb.WatchDirResponse_Keepalive{Keepalive: &pb.WatchDirResponse_KeepAlive{}}}); err != nil {
+				return err
+			}
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-s.stopping:
+			return connect.NewError(connect.CodeUnavailable, errors.New("envd is stopping"))
+		}
+		keepAlive.Reset(interval)
+	}
+}
+
+func (s *fsService) CreateWatcher(ctx context.Context, req *connect.Request[pb.CreateWatcherRequest]) (*connect.Response[pb.CreateWatcherResponse], error) {
+	w, err := s.watch(ctx, req.Msg.GetPath(), req.Msg.GetRecursive(), req.Msg.GetAllowNetworkMounts())
+	if err != nil {
+		return nil, err
+	}
+	p := &pollingWatcher{watcher: w, includeEntry: req.Msg.GetIncludeEntry(), asked: time.Now()}
+	id := "w" + strings.ToLower(rand.Text()[:20])
+	s.mu.Lock()
+	s.watchers[id] = p
+	s.mu.Unlock()
+	go s.keep(p)
+	return connect.NewResponse(&pb.CreateWatcherResponse{WatcherId: id}), nil
+}
+
+// keep collects a polling watcher's events until it ends. When too much is kept, the watcher that keeps most ends.
+func (s *fsService) keep(p *pollingWatcher) {
+	for batch := range p.events {
+		bytes := len(batch) * eventBytes
+		for _, event := range batch {
+			bytes += len(event.name)
+		}
+		s.mu.Lock()
+		if p.failure == nil {
+			p.kept, p.bytes, s.kept = append(p.kept, batch...), p.bytes+bytes, s.kept+bytes
+		}
+		if s.kept > pollingBytes {
+			most := p
+			for _, other := range s.watchers {
+				if other.bytes > most.bytes {
+					most = other
+				}
+			}
+			s.failLocked(most, errNotFetched)
+		}
+		s.mu.Unlock()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.failLocked(p, p.err)
+}
+
+// takeLocked gives what a polling watcher has kept.
+func (s *fsService) takeLocked(p *pollingWatcher) (events []watchEvent) {
+	s.kept -= p.bytes
+	events, p.kept, p.bytes = p.kept, nil, 0
+	return events
+}
+
+func (s *fsService) failLocked(p *pollingWatcher, err error) {
+	if s.takeLocked(p); p.failure == nil {
+		p.failure = s.ended(err)
+	}
+}
+
+func noWatcher(id string) error {
+	return connect.NewError(connect.CodeNotFound, fmt.Errorf("watcher with id %s not found", id))
+}
+
+func (s *fsService) GetWatcherEvents(ctx context.Context, req *connect.Request[pb.GetWatcherEventsRequest]) (*connect.Response[pb.GetWatcherEventsResponse], error) {
+	s.mu.Lock()
+	p := s.watchers[req.Msg.GetWatcherId()]
+	if p == nil {
+		s.mu.Unlock()
+		return nil, noWatcher(req.Msg.GetWatcherId())
+	}
+	events, failure := s.takeLocked(p), p.failure
+	p.asked = time.Now()
+	s.mu.Unlock()
+	if failure != nil {
+		return nil, fsError(failure, "", "watcher error")
+	}
+	res := &pb.GetWatcherEventsResponse{}
+	for _, event := range events {
+		res.Events = append(res.Events, s.tell(event, p.root, p.includeEntry))
+	}
+	return connect.NewResponse(res), nil
+}
+
+func (s *fsService) RemoveWatcher(ctx context.Context, req *connect.Request[pb.RemoveWatcherRequest]) (*connect.Response[pb.RemoveWatcherResponse], error) {
+	s.mu.Lock()
+	p := s.watchers[req.Msg.GetWatcherId()]
+	delete(s.watchers, req.Msg.GetWatcherId())
+	s.mu.Unlock()
+	if p == nil {
+		return nil, noWatcher(req.Msg.GetWatcherId())
+	}
+	p.close()
+	return connect.NewResponse(&pb.RemoveWatcherResponse{}), nil
+}
+
+// tick closes polling watchers that nobody asks any more; it is called about once a second.
+func (s *fsService) tick(now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id, p := range s.watchers {
+		if now.Sub(p.asked) > s.idle {
+			delete(s.watchers, id)
+			go p.close()
+		}
+	}
+}
