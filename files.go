@@ -187,6 +187,7 @@ func (s *fileService) send(w http.ResponseWriter, r *http.Request) error {
 		contentType = http.DetectContentType(start)
 	}
 	h.Set("Content-Type", contentType)
+	mendRange(r.Header, st.Size)
 	if st.Size == int64(len(start)) && !compressed {
 		unix.Close(fd)
 		turn.giveUp()
@@ -232,6 +233,24 @@ func negotiate(h http.Header) (compressed bool, err error) {
 		err = httpErrorf(http.StatusNotAcceptable, "error parsing Accept-Encoding: no acceptable encoding found, supported: [gzip]")
 	}
 	return false, err
+}
+
+// mendRange keeps from net/http what it answers with a part that ends before it begins: any part of an empty file, and the last
+// 0 bytes of another, which RFC 9110 section 14.1.2 counts as what begins after the end.
+func mendRange(h http.Header, size int64) {
+	unit, list, given := strings.Cut(h.Get("Range"), "=")
+	specs := strings.Split(list, ",")
+	for i, spec := range specs {
+		first, last, _ := strings.Cut(spec, "-")
+		if n, err := strconv.Atoi(strings.TrimSpace(last)); n == 0 && err == nil && strings.TrimSpace(first) == "" {
+			specs[i] = strconv.FormatInt(size, 10) + "-"
+		}
+	}
+	if size == 0 {
+		h.Del("Range")
+	} else if given {
+		h.Set("Range", unit+"="+strings.Join(specs, ","))
+	}
 }
 
 var gzipWriters = sync.Pool{New: func() any {

@@ -222,6 +222,9 @@ func TestDownload(t *testing.T) {
 		{"Range", "bytes=0-4", 206, "bytes 0-4/100", "01234"},
 		{"Range", "bytes=-3", 206, "bytes 97-99/100", "789"},
 		{"Range", "bytes=200-", 416, "bytes */100", "invalid range: failed to overlap\n"},
+		{"Range", "bytes=-0", 416, "bytes */100", "invalid range: failed to overlap\n"},
+		{"Range", "bytes= - +00 , -0", 416, "bytes */100", "invalid range: failed to overlap\n"},
+		{"Range", "bytes=-0,-3", 206, "bytes 97-99/100", "789"},
 		{"If-Modified-Since", date, 304, "", ""},
 		{"If-Modified-Since", "Mon, 01 Jan 2001 00:00:00 GMT", 200, "", content},
 		{"If-None-Match", `"x"`, 200, "", content},
@@ -238,6 +241,10 @@ func TestDownload(t *testing.T) {
 	got = d.request(t, "GET", filesPath("path", "f.txt", "username", "user"), "", "Range", "bytes="+strings.Repeat("0-0,", 1000)+"0-1")
 	if got.status != 200 && got.status != 206 {
 		t.Errorf("1,000 ranges: %d", got.status)
+	}
+	got = d.request(t, "GET", filesPath("path", "empty.unknown", "username", "user"), "", "Range", "bytes=-5")
+	if got.status != 200 || got.body != "" || got.header.Get("Content-Range") != "" {
+		t.Errorf("the last bytes of an empty file: %d %v", got.status, got.header)
 	}
 	got = d.request(t, "GET", filesPath("path", "f.txt", "username", "user"), "", "Range", "bytes=0-1", "If-Range", date)
 	if got.status != 206 || got.body != "01" {

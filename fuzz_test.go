@@ -172,7 +172,7 @@ func FuzzDownload(f *testing.F) {
 		writeFile(f, path, string(content), 0o644)
 	}
 	for _, seed := range [][3]string{{"", "gzip", ""}, {"bytes=0-9", "", ""}, {"bytes=5-,-3, 0-0", "identity;q=0.1", ""},
-		{"bytes=-0", "*;q=0", ""}, {"bytes=- 0", "", ""}, {"bytes=99999-", "gzip;q=0,identity;q=0", ""}, {"", "br, *", "\"x\""}, {"items=0-1", "identity;q=0", ""}} {
+		{"bytes=-0", "*;q=0", ""}, {"bytes=1-, -+0", "", ""}, {"bytes=99999-", "gzip;q=0,identity;q=0", ""}, {"", "br, *", "\"x\""}, {"items=0-1", "identity;q=0", ""}} {
 		f.Add(seed[0], seed[1], seed[2])
 	}
 	client := &http.Client{Transport: &http.Transport{DisableCompression: true}, Timeout: 5 * time.Second}
@@ -197,9 +197,6 @@ func FuzzDownload(f *testing.F) {
 		}
 		part := func(contentRange string, got []byte) {
 			var first, last, size int
-			if len(got) == 0 && regexp.MustCompile(`-\s*0+\s*(,|$)`).MatchString(ranges) {
-				return // net/http takes the last 0 bytes for a part; RFC 9110 section 14.1.2 does not
-			}
 			if n, _ := fmt.Sscanf(contentRange, "bytes %d-%d/%d", &first, &last, &size); n != 3 || size != len(content) ||
 				first > last || last >= size || !bytes.Equal(got, content[first:last+1]) {
 				t.Errorf("%q: %d bytes that are not those", contentRange, len(got))
