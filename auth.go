@@ -28,8 +28,7 @@ func (t *accessToken) get() string {
 func (t *accessToken) set(token string) { t.value.Store(token) }
 func (t *accessToken) isSet() bool      { return t.get() != "" }
 
-// matches compares in constant time: digests, so that not even the length of the token shows. Without a token nothing
-// matches.
+// matches compares in constant time: digests, so that not even the length of the token shows. Without a token nothing matches.
 func (t *accessToken) matches(candidate string) bool {
 	token := t.get()
 	got, want := sha256.Sum256([]byte(candidate)), sha256.Sum256([]byte(token))

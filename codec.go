@@ -1,4 +1,4 @@
-// The two codecs of RPC messages, as connect has them, with a short way for those that carry most bytes: output as JSON,
+// RPC errors, and the two codecs of RPC messages, as connect has them, with a short way for those that carry most bytes: output as JSON,
 // whose base64 protojson would look through three times more, and streamed stdin, which would be a new allocation a message.
 
 package main
@@ -6,8 +6,10 @@ package main
 import (
 	"encoding/base64"
 	"errors"
+	"fmt"
 	"sync"
 
+	"connectrpc.com/connect"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
@@ -76,4 +78,9 @@ func (protoCodec) Unmarshal(b []byte, m any) error {
 	req.Event = &pb.StreamInputRequest_Data{Data: &pb.StreamInputRequest_DataEvent{
 		Input: &pb.ProcessInput{Input: &pb.ProcessInput_Stdin{Stdin: *buf}}}}
 	return nil
+}
+
+// wireError is an error as an RPC client sees it.
+func wireError(code connect.Code, format string, args ...any) error {
+	return connect.NewError(code, fmt.Errorf(format, args...))
 }

@@ -238,7 +238,7 @@ func negotiate(h http.Header) (compressed bool, err error) {
 // mendRange keeps from net/http what it answers with a part that ends before it begins: any part of an empty file, and the last
 // 0 bytes of another, which RFC 9110 section 14.1.2 counts as what begins after the end.
 func mendRange(h http.Header, size int64) {
-	unit, list, given := strings.Cut(h.Get("Range"), "=")
+	unit, list, _ := strings.Cut(h.Get("Range"), "=")
 	specs := strings.Split(list, ",")
 	for i, spec := range specs {
 		first, last, _ := strings.Cut(spec, "-")
@@ -246,10 +246,8 @@ func mendRange(h http.Header, size int64) {
 			specs[i] = strconv.FormatInt(size, 10) + "-"
 		}
 	}
-	if size == 0 {
+	if h.Set("Range", unit+"="+strings.Join(specs, ",")); size == 0 || list == "" {
 		h.Del("Range")
-	} else if given {
-		h.Set("Range", unit+"="+strings.Join(specs, ","))
 	}
 }
 

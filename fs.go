@@ -65,8 +65,7 @@ func (s *fsService) resolve(ctx context.Context, path string) (account, string, 
 	}
 	resolved, err := resolvePath(path, user.home, defaultWorkdir)
 	if err != nil {
-		err = fmt.Errorf("failed to expand path '%s' for user '%s': %w", path, user.name, err)
-		err = connect.NewError(connect.CodeInvalidArgument, err)
+		err = wireError(connect.CodeInvalidArgument, "failed to expand path '%s' for user '%s': %w", path, user.name, err)
 	}
 	return user, resolved, err
 }
@@ -84,22 +83,10 @@ func fsError(err error, missing, other string) error {
 		func(limit error) bool { return errors.Is(err, limit) }):
 		code = connect.CodeResourceExhausted
 	}
-	return connect.NewError(code, fmt.Errorf("%s: %w", prefix, err))
+	return wireError(code, "%s: %w", prefix, err)
 }
 
 // ---- entries -------------------------------------------------------------------------------------------------------
-
-var permissionTexts sync.Map // by mode
-
-// permissionText writes a mode as Go does: the header of an archive has the kernel's bits.
-func permissionText(mode uint32) string {
-	text, known := permissionTexts.Load(mode)
-	if !known {
-		text = (&tar.Header{Mode: int64(mode)}).FileInfo().Mode().String()
-		permissionTexts.Store(mode, text)
-	}
-	return text.(string)
-}
 
 func (s *fsService) stat(path string) (*pb.EntryInfo, error) {
 	var st unix.Stat_t
@@ -111,7 +98,8 @@ func (s *fsService) stat(path string) (*pb.EntryInfo, error) {
 
 // entryOf describes what is at a path; shown is the path as the client knows it.
 func entryOf(name, path, shown string, st *unix.Stat_t, users *users) *pb.EntryInfo {
-	entry := &pb.EntryInfo{Name: valid(name), Path: valid(shown), Size: st.Size, Permissions: permissionText(st.Mode),
+	header := tar.Header{Mode: int64(st.Mode)} // has the kernel's bits
+	entry := &pb.EntryInfo{Name: valid(name), Path: valid(shown), Size: st.Size, Permissions: header.FileInfo().Mode().String(),
 		Owner: valid(users.names.of(st.Uid)), Group: valid(users.groupNames.of(st.Gid))}
 	modified := &timestamppb.Timestamp{Seconds: st.Mtim.Sec, Nanos: int32(st.Mtim.Nsec)}
 	if st.Mtim != (unix.Timespec{}) && modified.IsValid() { // JSON has no others
@@ -161,7 +149,7 @@ func (s *fsService) ListDir(ctx context.Context, req *connect.Request[pb.ListDir
 	}
 	resolved, err := filepath.EvalSymlinks(path)
 	if err != nil && (strings.Contains(err.Error(), "too many links") || errors.Is(err, syscall.ELOOP)) {
-		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("cyclic symlink or chain >255 links at %q", path))
+		return nil, wireError(connect.CodeFailedPrecondition, "cyclic symlink or chain >255 links at %q", path)
 	} else if err != nil {
 		return nil, fsError(err, "path not found", "error resolving symlink")
 	}
@@ -169,7 +157,7 @@ func (s *fsService) ListDir(ctx context.Context, req *connect.Request[pb.ListDir
 	if err != nil {
 		return nil, fsError(err, "path not found", "error getting file info")
 	} else if !info.IsDir() {
-		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path is not a directory: %s", resolved))
+		return nil, wireError(connect.CodeInvalidArgument, "path is not a directory: %s", resolved)
 	}
 	res, held := &pb.ListDirResponse{}, int64(0)
 	defer func() { context.AfterFunc(ctx, func() { s.listing.Add(-held) }) }() // after the answer was sent
@@ -242,9 +230,9 @@ func (s *fsService) MakeDir(ctx context.Context, req *connect.Request[pb.MakeDir
 		return nil, err
 	}
 	if info, err := os.Stat(path); err == nil && info.IsDir() {
-		return nil, connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("directory already exists: %s", path))
+		return nil, wireError(connect.CodeAlreadyExists, "directory already exists: %s", path)
 	} else if err == nil {
-		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path already exists but it is not a directory: %s", path))
+		return nil, wireError(connect.CodeInvalidArgument, "path already exists but it is not a directory: %s", path)
 	} else if !errors.Is(err, syscall.ENOENT) {
 		return nil, fsError(err, "", "error getting file info")
 	}
@@ -259,7 +247,7 @@ func (s *fsService) MakeDir(ctx context.Context, req *connect.Request[pb.MakeDir
 
 // errNoPath refuses to take away the default directory, which an empty path means elsewhere: it is a variable without value.
 func errNoPath(what string) error {
-	return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("refused to %s an empty path, which means the default directory", what))
+	return wireError(connect.CodeInvalidArgument, "refused to %s an empty path, which means the default directory", what)
 }
 
 func (s *fsService) Move(ctx context.Context, req *connect.Request[pb.MoveRequest]) (*connect.Response[pb.MoveResponse], error) {
@@ -403,9 +391,9 @@ func (s *fsService) watch(ctx context.Context, path string, recursive, networkMo
 	case err != nil:
 		return nil, fsError(err, fmt.Sprintf("path %s not found", path), "error getting path info")
 	case !info.IsDir():
-		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path %s not a directory", path))
+		return nil, wireError(connect.CodeInvalidArgument, "path %s not a directory", path)
 	case !networkMounts && isNetwork(path):
-		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("cannot watch path on network filesystem: %s", path))
+		return nil, wireError(connect.CodeInvalidArgument, "cannot watch path on network filesystem: %s", path)
 	}
 	w, err := newWatcher(path, recursive, networkMounts)
 	if err != nil {
@@ -464,7 +452,7 @@ func (s *fsService) WatchDir(ctx context.Context, req *connect.Request[pb.WatchD
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-s.stopping:
-			return connect.NewError(connect.CodeUnavailable, errors.New("envd is stopping"))
+			return wireError(connect.CodeUnavailable, "envd is stopping")
 		}
 		keepAlive.Reset(interval)
 	}
@@ -525,7 +513,7 @@ func (s *fsService) failLocked(p *pollingWatcher, err error) {
 }
 
 func noWatcher(id string) error {
-	return connect.NewError(connect.CodeNotFound, fmt.Errorf("watcher with id %s not found", id))
+	return wireError(connect.CodeNotFound, "watcher with id %s not found", id)
 }
 
 func (s *fsService) GetWatcherEvents(ctx context.Context, req *connect.Request[pb.GetWatcherEventsRequest]) (*connect.Response[pb.GetWatcherEventsResponse], error) {

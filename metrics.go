@@ -192,8 +192,7 @@ func (r *reclaimer) tick(now time.Time) {
 }
 
 // trimmer gives memory back once the load that needed it is over. The runtime collects when much has been allocated since the last
-// time, and at rest nothing is: what a burst left would stay for minutes. Its threads do stay: where processes have run out there is
-// no new one, and Go ends a daemon that needs one.
+// time, and at rest nothing is: what a burst left would stay for minutes. Its threads do stay: Go ends who needs one and gets none.
 type trimmer struct {
 	served    func() int64 // requests, so far
 	seen      int64        // of them

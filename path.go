@@ -5,8 +5,7 @@
 // that root does not own, the rest of the walk and what is done at its end run with the filesystem credentials of the
 // link's owner (setfsuid(2), setfsgid(2) and groups, all of one thread, which is thrown away), so that the kernel decides.
 // A `..` out of a directory counts as a link of that directory's owner, who can have moved it; a FUSE file system is all of
-// who mounted it. A hard link that another one can have made is refused. Reading follows links as every program does.
-// Linux 3.12 or newer.
+// who mounted it. A hard link that another one can have made is refused. Reading follows links as every program does. Linux 3.12.
 
 package main
 

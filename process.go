@@ -661,8 +661,3 @@ func (s *processService) runAtStart(command string) {
 	}
 	sub.detach()
 }
-
-// wireError is an error as an RPC client sees it.
-func wireError(code connect.Code, format string, args ...any) error {
-	return connect.NewError(code, fmt.Errorf(format, args...))
-}

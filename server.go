@@ -135,7 +135,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if name, _, named := r.BasicAuth(); named {
 		user, err := s.users.lookup(name)
 		if err != nil {
-			connect.NewErrorWriter().Write(w, r, connect.NewError(connect.CodeUnauthenticated, fmt.Errorf("invalid username: '%s'", name)))
+			connect.NewErrorWriter().Write(w, r, wireError(connect.CodeUnauthenticated, "invalid username: '%s'", name))
 			return
 		}
 		req.user = &user

@@ -5,8 +5,7 @@
 // mount, for a lease break, or for a child that somebody stopped. Here the same vfork (no page tables are copied, so
 // it is as fast) is made as a system call that blocks: the runtime takes the P away (entersyscall). The child shares the
 // daemon's memory until it execs, so it must not run Go code: vfork_$GOARCH.s makes the system calls of a list prepared
-// beforehand, in registers alone, and notes each result where the daemon finds it. What hangs costs one thread;
-// launchesMax bounds them.
+// beforehand, in registers alone, and notes each result where the daemon finds it. What hangs costs one of launchesMax threads.
 //
 // What the shared memory does not lend: a child that has changed its uid cannot be traced by that uid before exec, since
 // changing credentials makes the memory undumpable (ptrace(2), "ptrace access mode checking"; not with fs.suid_dumpable at
@@ -389,7 +388,6 @@ func childSteps(spec *spawnSpec, paths, argv []string) (list []step, keep [3][]*
 		list = append(list, step{nr: nr, passes: passes, result: notReached})
 		copy(list[len(list)-1].arg[:], args)
 	}
-	ptr := func(p unsafe.Pointer) uintptr { return uintptr(p) }
 	for i, texts := range [][]string{append(paths, spec.dir), argv, spec.env} {
 		keep[i], _ = syscall.SlicePtrFromStrings(texts) // fails for a NUL alone
 	}
@@ -397,13 +395,13 @@ func childSteps(spec *spawnSpec, paths, argv []string) (list []step, keep [3][]*
 	// say, exec would keep.
 	for sig := uintptr(1); sig <= 64; sig++ {
 		if clone3Flags == 0 || ignoredAtStart>>(sig-1)&1 == 1 {
-			add(anyError, unix.SYS_RT_SIGACTION, sig, ptr(unsafe.Pointer(&defaultHow)), 0, 8)
+			add(anyError, unix.SYS_RT_SIGACTION, sig, uintptr(unsafe.Pointer(&defaultHow)), 0, 8)
 		}
 	}
 	add(0, unix.SYS_SETSID)
 	add(anyError, unix.SYS_CLOSE, 0) // so that the next descriptor is 0
-	add(anyError, unix.SYS_OPENAT, ^uintptr(99), ptr(unsafe.Pointer(&oomScorePath[0])), unix.O_WRONLY)
-	add(anyError, unix.SYS_WRITE, 0, ptr(unsafe.Pointer(&oomScore[0])), uintptr(len(oomScore)))
+	add(anyError, unix.SYS_OPENAT, ^uintptr(99), uintptr(unsafe.Pointer(&oomScorePath[0])), unix.O_WRONLY)
+	add(anyError, unix.SYS_WRITE, 0, uintptr(unsafe.Pointer(&oomScore[0])), uintptr(len(oomScore)))
 	for fd, f := range spec.fds {
 		add(0, unix.SYS_DUP3, uintptr(f), uintptr(fd), 0)
 	}
@@ -413,18 +411,18 @@ func childSteps(spec *spawnSpec, paths, argv []string) (list []step, keep [3][]*
 		add(0, unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 0)
 	}
 	add(anyError, unix.SYS_SETPRIORITY, unix.PRIO_PROCESS, 0, 0)
-	add(anyError, unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE, ptr(unsafe.Pointer(&nofile)), 0)
+	add(anyError, unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE, uintptr(unsafe.Pointer(&nofile)), 0)
 	if os.Geteuid() == 0 {
 		uid, gid, groups := uintptr(spec.user.uid), uintptr(spec.user.gid), spec.user.groups // the primary group is among them
-		add(0, unix.SYS_SETGROUPS, uintptr(len(groups)), ptr(unsafe.Pointer(&groups[0])))
+		add(0, unix.SYS_SETGROUPS, uintptr(len(groups)), uintptr(unsafe.Pointer(&groups[0])))
 		add(0, unix.SYS_SETRESGID, gid, gid, gid)
 		add(0, unix.SYS_SETRESUID, uid, uid, uid)
 	}
-	add(0, unix.SYS_CHDIR, ptr(unsafe.Pointer(keep[0][len(paths)])))
-	add(anyError, unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, ptr(unsafe.Pointer(&noSignal)), 0, 8)
+	add(0, unix.SYS_CHDIR, uintptr(unsafe.Pointer(keep[0][len(paths)])))
+	add(anyError, unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&noSignal)), 0, 8)
 	for i := range paths {
-		add(noProgram, unix.SYS_EXECVE, ptr(unsafe.Pointer(keep[0][i])),
-			ptr(unsafe.Pointer(&keep[1][0])), ptr(unsafe.Pointer(&keep[2][0])))
+		add(noProgram, unix.SYS_EXECVE, uintptr(unsafe.Pointer(keep[0][i])),
+			uintptr(unsafe.Pointer(&keep[1][0])), uintptr(unsafe.Pointer(&keep[2][0])))
 	}
 	return append(list, step{nr: unix.SYS_EXIT_GROUP, arg: [4]uintptr{127}}), keep
 }

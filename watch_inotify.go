@@ -482,10 +482,8 @@ func (w *watcher) list(d *watchedDir, dir *os.File, isNew, again bool) error {
 // raiseWatchLimits gives a guest the watches that its memory allows; the kernel's limits are meant for many users.
 func raiseWatchLimits() {
 	for name, value := range map[string]int{"max_user_instances": 8192, "max_user_watches": 1 << 20, "max_queued_events": 1 << 18} {
-		file := "/proc/sys/fs/inotify/" + name
-		text, _ := os.ReadFile(file)
-		if limit, err := strconv.Atoi(string(bytes.TrimSpace(text))); err == nil && limit < value {
-			os.WriteFile(file, []byte(strconv.Itoa(value)), 0)
+		if name = "fs/inotify/" + name; sysctl(name) < value {
+			os.WriteFile("/proc/sys/"+name, []byte(strconv.Itoa(value)), 0)
 		}
 	}
 }
