@@ -34,8 +34,8 @@ bench: ## measure envd against baselines (QUICK=1: in 2 minutes; BASE=bin/other:
 size: ## what the binary is made of, package by package, and what brought each in
 	@go -C tools tool size "$(CURDIR)/tools/build"
 
-profile: ## CPU, heap and goroutines of a daemon under a load, to bin/profile
-	@go -C tools tool profile "$(CURDIR)/tools/build" "$(CURDIR)/bin/profile"
+profile: ## CPU, heap and goroutines of a daemon under a load, to bin/profile (LOAD=health,start,output,upload,form,small,list,echo)
+	@go -C tools tool profile -load "$(or $(LOAD),health,start,output)" "$(CURDIR)/tools/build" "$(CURDIR)/bin/profile"
 
 release: ## bin/release: envd for amd64 and arm64, bills of materials, checksums; fails if a second build differs
 	@COMMIT=$(COMMIT) tools/release bin/release

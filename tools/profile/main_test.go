@@ -15,7 +15,8 @@ import (
 func TestProfile(t *testing.T) {
 	dir := t.TempDir()
 	var out strings.Builder
-	if err := run(&out, "../build", dir, 2*time.Second); err != nil {
+	loads := []string{"health", "start", "output", "upload", "form", "small", "list", "echo"}
+	if err := run(&out, "../build", dir, loads, 2*time.Second); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{"cpu.pprof", "heap.pprof", "goroutine.pprof", "Type: inuse_space", "Type: goroutine", " main.", "runtime."} {
