@@ -159,10 +159,10 @@ func (s *fsService) ListDir(ctx context.Context, req *connect.Request[pb.ListDir
 	} else if !info.IsDir() {
 		return nil, wireError(connect.CodeInvalidArgument, "path is not a directory: %s", resolved)
 	}
-	res, held := &pb.ListDirResponse{}, int64(0)
-	defer func() { context.AfterFunc(ctx, func() { s.listing.Add(-held) }) }() // after the answer was sent
+	res, held := &pb.ListDirResponse{}, &atomic.Int64{}
+	defer context.AfterFunc(ctx, func() { s.listing.Add(-held.Load()) }) // after the answer was sent
 	hold := func(bytes int64) error {
-		if held += bytes; s.listing.Add(bytes) > listingBytes {
+		if held.Add(bytes); s.listing.Add(bytes) > listingBytes {
 			return errListings
 		}
 		return ctx.Err()
@@ -196,24 +196,31 @@ func appendEntries(hold func(int64) error, users *users, dir, shown string, dept
 		return err
 	}
 	slices.Sort(names)
-	*to = slices.Grow(*to, len(names))
 	fd, dir, shown := int(f.Fd()), strings.TrimSuffix(dir, "/")+"/", strings.TrimSuffix(shown, "/")+"/"
-	for _, name := range names {
+	entries := make([]*pb.EntryInfo, len(names))
+	var two sync.WaitGroup
+	for first := range 2 { // nearly all of it is system calls, two an entry
+		two.Go(func() {
+			for i := first; i < len(names) && hold(0) == nil; i += 2 {
+				var st unix.Stat_t
+				if unix.Fstatat(fd, names[i], &st, unix.AT_SYMLINK_NOFOLLOW) == unix.ENOENT {
+					continue // gone by now; of what tells nothing, a dead FUSE mount say, the name is told
+				}
+				entries[i] = entryOf(names[i], dir+names[i], shown+names[i], &st, users)
+			}
+		})
+	}
+	two.Wait()
+	for i, entry := range entries {
 		if err := hold(0); err != nil {
 			return err
 		}
-		var st unix.Stat_t
-		if unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW) == unix.ENOENT {
-			continue // gone by now; of what tells nothing, a dead FUSE mount say, the name is told
+		if entry == nil {
+			continue
 		}
-		path := dir + name
-		shownPath := path
-		if shown != dir {
-			shownPath = shown + name
-		}
-		*to = append(*to, entryOf(name, path, shownPath, &st, users))
-		if st.Mode&unix.S_IFMT == unix.S_IFDIR && depth > 1 {
-			err := appendEntries(hold, users, path, shownPath, depth-1, to)
+		*to = append(*to, entry)
+		if entry.Type == pb.FileType_FILE_TYPE_DIRECTORY && entry.SymlinkTarget == nil && depth > 1 {
+			err := appendEntries(hold, users, dir+names[i], shown+names[i], depth-1, to)
 			if err != nil && !errors.Is(err, syscall.ENOENT) && !errors.Is(err, syscall.ENOTDIR) {
 				return err
 			}
@@ -245,20 +252,20 @@ func (s *fsService) MakeDir(ctx context.Context, req *connect.Request[pb.MakeDir
 	return connect.NewResponse(&pb.MakeDirResponse{Entry: entry}), err
 }
 
-// errNoPath refuses to take away the default directory, which an empty path means elsewhere: it is a variable without value.
-func errNoPath(what string) error {
-	return wireError(connect.CodeInvalidArgument, "refused to %s an empty path, which means the default directory", what)
+// taken resolves what is moved or removed: an empty path, elsewhere the default directory, is a variable without value here.
+func (s *fsService) taken(ctx context.Context, path string) (account, string, error) {
+	if path == "" {
+		return account{}, "", wireError(connect.CodeInvalidArgument, "refused to move or remove an empty path, which means the default directory")
+	}
+	return s.resolve(ctx, path)
 }
 
 func (s *fsService) Move(ctx context.Context, req *connect.Request[pb.MoveRequest]) (*connect.Response[pb.MoveResponse], error) {
-	if req.Msg.GetSource() == "" || req.Msg.GetDestination() == "" {
-		return nil, errNoPath("move")
-	}
-	_, from, err := s.resolve(ctx, req.Msg.GetSource())
+	_, from, err := s.taken(ctx, req.Msg.GetSource())
 	if err != nil {
 		return nil, err
 	}
-	user, to, err := s.resolve(ctx, req.Msg.GetDestination())
+	user, to, err := s.taken(ctx, req.Msg.GetDestination())
 	if err != nil {
 		return nil, err
 	}
@@ -307,10 +314,7 @@ func (s *fsService) move(user *account, from, to string) (err error) {
 }
 
 func (s *fsService) Remove(ctx context.Context, req *connect.Request[pb.RemoveRequest]) (*connect.Response[pb.RemoveResponse], error) {
-	if req.Msg.GetPath() == "" {
-		return nil, errNoPath("remove")
-	}
-	_, path, err := s.resolve(ctx, req.Msg.GetPath())
+	_, path, err := s.taken(ctx, req.Msg.GetPath())
 	if err != nil {
 		return nil, err
 	}
@@ -512,16 +516,12 @@ func (s *fsService) failLocked(p *pollingWatcher, err error) {
 	}
 }
 
-func noWatcher(id string) error {
-	return wireError(connect.CodeNotFound, "watcher with id %s not found", id)
-}
-
 func (s *fsService) GetWatcherEvents(ctx context.Context, req *connect.Request[pb.GetWatcherEventsRequest]) (*connect.Response[pb.GetWatcherEventsResponse], error) {
 	s.mu.Lock()
 	p := s.watchers[req.Msg.GetWatcherId()]
 	if p == nil {
 		s.mu.Unlock()
-		return nil, noWatcher(req.Msg.GetWatcherId())
+		return nil, wireError(connect.CodeNotFound, "watcher with id %s not found", req.Msg.GetWatcherId())
 	}
 	events, failure := s.takeLocked(p), p.failure
 	p.asked = time.Now()
@@ -542,7 +542,7 @@ func (s *fsService) RemoveWatcher(ctx context.Context, req *connect.Request[pb.R
 	delete(s.watchers, req.Msg.GetWatcherId())
 	s.mu.Unlock()
 	if p == nil {
-		return nil, noWatcher(req.Msg.GetWatcherId())
+		return nil, wireError(connect.CodeNotFound, "watcher with id %s not found", req.Msg.GetWatcherId())
 	}
 	p.close()
 	return connect.NewResponse(&pb.RemoveWatcherResponse{}), nil

@@ -464,7 +464,7 @@ func TestEmptyPath(t *testing.T) {
 	shell(t, home, "echo > f")
 	for _, c := range [][]string{{"Remove", ""}, {"Move", "", "x"}, {"Move", "f", ""}} {
 		_, err := d.fsCall(t, "user", c[0], c[1:]...)
-		wantError(t, err, connect.CodeInvalidArgument, "refused to "+strings.ToLower(c[0])+" an empty path, which means the default directory")
+		wantError(t, err, connect.CodeInvalidArgument, "refused to move or remove an empty path, which means the default directory")
 	}
 	if _, err := os.Lstat(home + "/f"); err != nil {
 		t.Error(err)
