@@ -160,7 +160,7 @@ func (s *fsService) ListDir(ctx context.Context, req *connect.Request[pb.ListDir
 		return nil, wireError(connect.CodeInvalidArgument, "path is not a directory: %s", resolved)
 	}
 	res, held := &pb.ListDirResponse{}, &atomic.Int64{}
-	defer context.AfterFunc(ctx, func() { s.listing.Add(-held.Load()) }) // after the answer was sent
+	defer func() { context.AfterFunc(ctx, func() { s.listing.Add(-held.Load()) }) }() // after the answer was sent
 	hold := func(bytes int64) error {
 		if held.Add(bytes); s.listing.Add(bytes) > listingBytes {
 			return errListings
