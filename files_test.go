@@ -1747,3 +1747,40 @@ func TestFilesHang(t *testing.T) {
 	abort()
 	waitFor(t, 10*time.Second, "nothing that hangs", func() bool { return d.hanging() == 0 })
 }
+
+// TestLongLists: a header of a megabyte, in which a list has as many elements as can be, does not cost many times its size.
+func TestLongLists(t *testing.T) {
+	d, home := startDaemonWithUsers(t, daemonConfig{})
+	writeFile(t, home+"/f", "content", 0o644)
+	for header, list := range map[string]string{"Range": "bytes=" + strings.Repeat(",", 900_000), "Accept-Encoding": strings.Repeat("a,", 450_000),
+		"Accept": strings.Repeat("a,", 450_000)} {
+		var clients sync.WaitGroup
+		for range 16 {
+			clients.Go(func() {
+				path := home + "/f"
+				if header == "Accept" {
+					path = home
+				}
+				request, err := http.NewRequest("GET", "http://"+d.addr+filesPath("path", path, "username", "user"), nil)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				request.Header.Set(header, list)
+				response, err := http.DefaultClient.Do(request)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer response.Body.Close()
+				if body, _ := io.ReadAll(response.Body); response.StatusCode != 200 && header != "Accept" {
+					t.Errorf("%s: %s %s", header, response.Status, body)
+				}
+			})
+		}
+		clients.Wait()
+	}
+	if peak := d.peakRSS(); peak > 128<<20 {
+		t.Errorf("%d MiB at the peak", peak>>20)
+	}
+}

@@ -51,7 +51,7 @@ func inTime(step string, patience time.Duration, do func()) {
 	}
 }
 
-// atFiles are the requests whose system calls on files can hang, each with a thread.
+// atFiles are the requests whose system calls on files can hang, each with a thread, a listing with two.
 var atFiles = make(chan struct{}, 256)
 
 // turn is one request's place among them, which it has but while its client is waited for.

@@ -64,7 +64,7 @@ type weight struct {
 }
 
 func weights(header []string) (list []weight) {
-	for part := range strings.SplitSeq(strings.Join(header, ","), ",") {
+	for _, part := range strings.SplitN(strings.Join(header, ","), ",", 1000) { // a header may hold a million
 		name, parameters, _ := mime.ParseMediaType(part)
 		w := weight{name, 1}
 		if q, err := strconv.ParseFloat(parameters["q"], 64); err == nil {
