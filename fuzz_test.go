@@ -1,7 +1,8 @@
 // Fuzz targets, beside those in the tests of init.go and path.go: what a client or a guest can write, and what has to be true of the
 // outcome. `make fuzz` runs each for a while; `go test` runs their seeds.
 //
-// Where the whole daemon is the target it runs as nobody, once for all of the fuzzer's processes.
+// Where the whole daemon is the target it runs as nobody, once for all of the fuzzer's processes, and sees a temporary directory in
+// which only the suite's own can be written to: paths are among what is varied.
 
 package main
 
@@ -48,7 +49,9 @@ func fuzzedDaemon(f *testing.F) (addr, dir string) {
 	if err := os.Chown(dir, 65534, 65534); err != nil {
 		f.Skipf("needs root: %v", err)
 	}
-	addr = startDaemonAsNobody(f).addr
+	tmp := filepath.Dir(suiteDir)
+	addr = startDaemonWith(f, daemonConfig{noCgroup: true, steps: argv("mount", tmp+":"+tmp, "mount", suiteDir+":"+suiteDir,
+		"read-only", tmp, "user", "65534")}).addr
 	f.Setenv(variable, addr+" "+dir)
 	return addr, dir
 }

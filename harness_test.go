@@ -588,7 +588,7 @@ func prepared(t testing.TB, base string, config daemonConfig, program string, ar
 	cmd.Env = config.env
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: config.as}
-	if len(config.files)+len(config.hide) > 0 {
+	if slices.Contains(steps, "mount") || slices.Contains(steps, "hide") {
 		cmd.SysProcAttr.Unshareflags = syscall.CLONE_NEWNS // Go makes the mounts private as well
 	}
 	if config.userNS {
@@ -1175,6 +1175,10 @@ func execPrepared(args []string) {
 		case "mount": // FROM:TO
 			from, to, _ := strings.Cut(args[1], ":")
 			err = unix.Mount(from, to, "", unix.MS_BIND, "")
+		case "read-only": // PATH, a mount
+			err = unix.Mount("", args[1], "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")
+		case "user": // UID and GID, the last step of those that need root
+			err = errors.Join(syscall.Setgroups(nil), syscall.Setgid(number), syscall.Setuid(number))
 		case "hide": // PATH
 			err = hideFile(args[1])
 		case "ignore": // SIGNAL
