@@ -125,10 +125,10 @@ func (p *ports) look(fast bool) {
 	if p.quiesced || !p.address.IsValid() || fast && p.diag < 0 {
 		return
 	}
-	found := map[uint16]netip.Addr{}
+	found := map[uint16]bool{}                     // port -> 127.0.0.1 listens; else ::1 does
 	add := func(address netip.Addr, port uint16) { // forwarders themselves listen on p.address
-		if address != p.address && port != p.own && (address == loopback4 || address == loopback6 && !found[port].IsValid()) {
-			found[port] = address
+		if address != p.address && port != p.own && (address == loopback4 || address == loopback6) {
+			found[port] = found[port] || address == loopback4
 		}
 	}
 	if p.diag >= 0 {
@@ -204,9 +204,9 @@ func readTable(path, prefix string, address netip.Addr, add func(netip.Addr, uin
 }
 
 // updateLocked has a forwarder for each port that listens, and for no other.
-func (p *ports) updateLocked(found map[uint16]netip.Addr) {
+func (p *ports) updateLocked(found map[uint16]bool) {
 	for port, f := range p.forwarders {
-		if !found[port].IsValid() {
+		if _, listens := found[port]; !listens {
 			delete(p.forwarders, port)
 			if f.listener != nil {
 				f.cancel()
@@ -215,7 +215,7 @@ func (p *ports) updateLocked(found map[uint16]netip.Addr) {
 			}
 		}
 	}
-	for port, address := range found {
+	for port, four := range found {
 		f := p.forwarders[port]
 		if f == nil && len(p.forwarders) == maxForwarders {
 			if !p.full {
@@ -227,7 +227,7 @@ func (p *ports) updateLocked(found map[uint16]netip.Addr) {
 			f = &forwarder{port: port, backOff: time.Second}
 			p.forwarders[port] = f
 		}
-		f.six.Store(address == loopback6)
+		f.six.Store(!four)
 		if f.listener == nil && time.Now().After(f.retry) {
 			p.openLocked(f)
 		}
