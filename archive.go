@@ -45,17 +45,23 @@ func (s *fileService) sendTar(w http.ResponseWriter, dir *os.File, gone <-chan s
 }
 
 func (t *tarSender) send(dir *os.File, prefix string, depth int) error {
-	names, err := dir.Readdirnames(-1)
 	if depth > maxDepth {
-		err = unix.ENAMETOOLONG
+		return unix.ENAMETOOLONG
 	}
-	slices.Sort(names)
-	for i := 0; i < len(names) && err == nil; i++ {
-		if err = t.sendEntry(dir, names[i], prefix+names[i], depth); errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ELOOP) {
-			err = nil // gone by now, or another thing
+	for {
+		names, err := dir.Readdirnames(4096) // there may be millions
+		slices.Sort(names)
+		for i := 0; i < len(names) && err == nil; i++ {
+			if err = t.sendEntry(dir, names[i], prefix+names[i], depth); errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ELOOP) {
+				err = nil // gone by now, or another thing
+			}
+		}
+		if err == io.EOF {
+			return nil
+		} else if err != nil {
+			return err
 		}
 	}
-	return err
 }
 
 func (t *tarSender) sendEntry(dir *os.File, name, path string, depth int) error {
@@ -96,8 +102,11 @@ func (t *tarSender) sendEntry(dir *os.File, name, path string, depth int) error 
 	}
 	defer f.Close()
 	h.PAXRecords = map[string]string{}
+	room := 512 << 10 // a header takes a MiB at most
 	for name, value := range fileXattrs(int(f.Fd()), isUserXattr) {
-		h.PAXRecords[tarXattr+tarEscape.Replace(name)] = value
+		if room -= 2 * (len(tarXattr) + len(name) + len(value)); room >= 0 {
+			h.PAXRecords[tarXattr+tarEscape.Replace(name)] = value
+		}
 	}
 	if err = t.WriteHeader(h); err != nil {
 		return err
@@ -108,7 +117,15 @@ func (t *tarSender) sendEntry(dir *os.File, name, path string, depth int) error 
 	if st.Nlink > 1 {
 		t.links[id] = path
 	}
-	return copyAll(t, io.LimitReader(f, st.Size))
+	return copyAll(t, io.LimitReader(io.MultiReader(f, zeros{}), st.Size)) // its size has been told; it may have shrunk since
+}
+
+// zeros are endless.
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) {
+	clear(p)
+	return len(p), nil
 }
 
 // unpacker puts the entries of an archive below a directory. Nothing below it is reached through a link.
@@ -195,7 +212,11 @@ func (x *unpacker) dress(fd int, h *tar.Header) error {
 		err = chown(fd, &st, nil, owner)
 	}
 	if err == nil && h.Typeflag != tar.TypeSymlink {
-		err = unix.Fchmod(fd, uint32(h.Mode)&0o7777)
+		mode := uint32(h.Mode) & 0o7777
+		if x.top.as != nil { // who owns the link may have the file open, mapped even, and put a program of his into it
+			mode &= 0o777
+		}
+		err = unix.Fchmod(fd, mode)
 		for record, value := range h.PAXRecords {
 			if name, ok := strings.CutPrefix(record, tarXattr); ok && isUserXattr(name) && err == nil {
 				if err = unix.Fsetxattr(fd, tarUnescape.Replace(name), []byte(value), 0); err == unix.EOPNOTSUPP {

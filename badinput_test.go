@@ -371,13 +371,16 @@ func TestConfigurationsWithoutSense(t *testing.T) {
 			t.Errorf("cwd %.20q: %v, want invalid_argument", cwd, err)
 		}
 	}
-	long := strings.Repeat("t", 1<<20)
+	long := strings.Repeat("t", maxTag)
 	s := d.start(t, argv("cat"), withTag(long))
-	if err := d.sendStdin(t, byTag(long), "by a tag of 1 MiB\n"); err != nil {
+	if err := d.sendStdin(t, byTag(long), "by a long tag\n"); err != nil {
 		t.Error(err)
 	}
-	s.readUntil(t, "by a tag of 1 MiB\n")
+	s.readUntil(t, "by a long tag\n")
 	d.kill(t, s.pid)
+	if err := d.startError(t, argv("cat"), withTag(long+"t")); err.Code() != connect.CodeInvalidArgument { // it would be kept for long
+		t.Errorf("a tag of %d bytes: %v", maxTag+1, err)
+	}
 	// A variable that no process can be started with is refused, not kept: it would spoil every later Start.
 	for _, body := range []string{`{"envVars":{"A\u0000":"b"}}`, `{"envVars":{"GOOD":"1","C":"d\u0000"}}`} {
 		wantEnvelope(t, "/init "+body, d.request(t, "POST", "/init", body), http.StatusBadRequest, "")
@@ -524,6 +527,30 @@ func TestHalfOpenConnections(t *testing.T) {
 			t.Fatal(err)
 		}
 		io.Copy(io.Discard, response.Body)
+	}
+}
+
+// As many as may wait, each with a header of the shortest lines that goes on until the daemon takes no more of it. A line takes many
+// times its size in net/http.
+func TestHeadersOfManyLines(t *testing.T) {
+	d := startDaemon(t)
+	var lines strings.Builder
+	for i := range 150_000 {
+		fmt.Fprintf(&lines, "%x:\r\n", i)
+	}
+	const bound = 160 << 20
+	if grown := crowd(t, d, 256, "POST /init HTTP/1.1\r\nHost: x\r\n"+lines.String()[:15<<10], "POST /init HTTP/1.1\r\nHost: x\r\n"+lines.String()); grown > bound && !raceEnabled() {
+		t.Errorf("RSS grew by %d MiB, want less than %d", grown>>20, bound>>20)
+	}
+	conn, err := net.Dial("tcp", d.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(5 * time.Second))
+	go io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: x\r\n"+lines.String()+"\r\n")
+	if response, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || response.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("a header too large: %v, %v", response, err)
 	}
 }
 

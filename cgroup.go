@@ -205,9 +205,12 @@ func (g *cgroups) makeLocked(group string) (_ *cgroupLeaf, err error) {
 	var failure error
 	l.fd, err = unix.Open(l.path, unix.O_DIRECTORY|unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	l.events, failure = unix.Open(l.path+"/cgroup.events", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	l.memEvents, _ = unix.Open(l.path+"/memory.events", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	l.memPeak, _ = unix.Open(l.path+"/memory.peak", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err = errors.Join(err, failure); err != nil {
+	err = errors.Join(err, failure)
+	if l.memEvents, failure = unix.Open(l.path+"/memory.events", unix.O_RDONLY|unix.O_CLOEXEC, 0); failure != unix.ENOENT {
+		err = errors.Join(err, failure)
+	}
+	if err != nil {
 		l.remove()
 		return nil, err
 	}
@@ -360,19 +363,23 @@ func (l *cgroupLeaf) signal(sig syscall.Signal) (ok bool) {
 		return true
 	}
 	// A pid that is free again in between is not hit: what is signalled is a pidfd whose pid is in the leaf after it was opened.
-	fds := map[int]int{}
-	for _, pid := range l.pids() {
-		if fd, err := unix.PidfdOpen(pid, 0); err == nil {
-			fds[pid] = fd
-			defer unix.Close(fd)
+	for some := range slices.Chunk(l.pids(), 256) {
+		fds := map[int]int{}
+		for _, pid := range some {
+			if fd, err := unix.PidfdOpen(pid, 0); err == nil {
+				fds[pid] = fd
+			}
+		}
+		for _, pid := range l.pids() {
+			if fd, opened := fds[pid]; opened && unix.PidfdSendSignal(fd, sig, nil, 0) == nil {
+				ok = true
+			}
+		}
+		for _, fd := range fds {
+			unix.Close(fd)
 		}
 	}
-	for _, pid := range l.pids() {
-		if fd, opened := fds[pid]; opened {
-			unix.PidfdSendSignal(fd, sig, nil, 0)
-		}
-	}
-	return true
+	return ok // not where there is no descriptor
 }
 
 func (l *cgroupLeaf) pids() (pids []int) {

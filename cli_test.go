@@ -89,6 +89,7 @@ func TestBadFlags(t *testing.T) {
 		{"--no-such-flag"},
 		{"-no-such-flag"},
 		{"--isnotfc", "--no-such-flag=1"},
+		{"--max-waiting-connections=-1"},
 		{"--port", "abc"},
 		{"--port=4x"},
 		{"--port"},

@@ -71,7 +71,7 @@ func (protoCodec) Unmarshal(b []byte, m any) error {
 		}
 	}
 	if !ok {
-		return proto.Unmarshal(b, m.(proto.Message))
+		return proto.UnmarshalOptions{DiscardUnknown: true}.Unmarshal(b, m.(proto.Message))
 	}
 	buf := inputBuffers.Get().(*[]byte)
 	*buf = append((*buf)[:0], stdin...)

@@ -23,6 +23,7 @@ import (
 
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	pb "envd/proto"
@@ -201,12 +202,17 @@ func appendEntries(hold func(int64) error, users *users, dir, shown string, dept
 	var two sync.WaitGroup
 	for first := range 2 { // nearly all of it is system calls, two an entry
 		two.Go(func() {
-			for i := first; i < len(names) && hold(0) == nil; i += 2 {
+			more := 0 // bytes that the entry before had beside its path
+			for i := first; i < len(names) && hold(int64(more)) == nil; i += 2 {
 				var st unix.Stat_t
 				if unix.Fstatat(fd, names[i], &st, unix.AT_SYMLINK_NOFOLLOW) == unix.ENOENT {
 					continue // gone by now; of what tells nothing, a dead FUSE mount say, the name is told
 				}
 				entries[i] = entryOf(names[i], dir+names[i], shown+names[i], &st, users)
+				more = 3 * len(entries[i].GetSymlinkTarget())
+				for key, value := range entries[i].Metadata {
+					more += 3*(len(key)+len(value)) + 64
+				}
 			}
 		})
 	}
@@ -530,8 +536,10 @@ func (s *fsService) GetWatcherEvents(ctx context.Context, req *connect.Request[p
 		return nil, fsError(failure, "", "watcher error")
 	}
 	res := &pb.GetWatcherEventsResponse{}
+	room := listingBytes / 4 // for entries, which can have much metadata
 	for _, event := range events {
-		res.Events = append(res.Events, s.tell(event, p.root, p.includeEntry))
+		res.Events = append(res.Events, s.tell(event, p.root, p.includeEntry && room > 0))
+		room -= 3 * proto.Size(res.Events[len(res.Events)-1])
 	}
 	return connect.NewResponse(res), nil
 }

@@ -87,7 +87,7 @@ func parseFlags() *config {
 	f.DurationVar(&c.process.retainTime, "retain-time", 10*time.Minute, "Processes: how long the status and output of an ended process are kept")
 	f.IntVar(&c.process.retainCount, "retain-count", 4096, "Processes: `count` of them that are kept")
 	f.DurationVar(&c.startTimeout, "start-timeout", 30*time.Second, "Processes: how long the start of a process may hang in the kernel")
-	f.IntVar(&c.process.maxProcesses, "max-processes", 4096, "Processes: `count` of processes that may run at once")
+	f.UintVar(&c.process.maxProcesses, "max-processes", 4096, "Processes: `count` of processes that may run at once")
 	f.Int64Var(&c.output.perLog, "output-buffer", 512<<10, "Output: `bytes` of output kept of a running process that no client follows")
 	f.Int64Var(&c.output.resume, "output-resume", 4<<20, "Output: `bytes` kept of what a client was sent last, for it to come back after a broken connection")
 	f.Int64Var(&c.output.liveLimit, "output-memory", 0, "Output: `bytes` of output kept of all running ones together (default 1/16 of the memory)")
@@ -99,8 +99,8 @@ func parseFlags() *config {
 	f.DurationVar(&c.watcherIdle, "watcher-idle", time.Hour, "Streams: how long a polling watcher is kept that no client asks")
 	f.DurationVar(&c.server.headerTimeout, "header-timeout", 30*time.Second, "Server: how long a client may take to send a request's header")
 	f.DurationVar(&c.server.idleTimeout, "idle-timeout", 640*time.Second, "Server: how long a connection is kept open between requests")
-	f.IntVar(&c.server.maxWaiting, "max-waiting-connections", 512, "Server: `count` of connections that may wait for a request or the rest of one; beyond it the oldest is closed")
-	f.IntVar(&c.server.maxRequests, "max-requests", 8192, "Server: `count` of requests, streams among them, that may be served at once")
+	f.UintVar(&c.server.maxWaiting, "max-waiting-connections", 512, "Server: `count` of connections that may wait for a request or the rest of one; beyond it the oldest is closed")
+	f.UintVar(&c.server.maxRequests, "max-requests", 8192, "Server: `count` of requests, streams among them, that may be served at once")
 	f.DurationVar(&c.stopTimeout, "stop-timeout", 5*time.Second, "Server: how long requests may take to finish after SIGTERM")
 	f.DurationVar(&c.life.syncTimeout, "sync-timeout", 2400*time.Millisecond, "Snapshots: how long preparing one waits for the disk; 0s: dirty data is not written")
 	f.DurationVar(&c.life.backstop, "prepared-timeout", 30*time.Second, "Snapshots: how long the sandbox stays prepared for one when nobody asks for /health or /init")
@@ -253,7 +253,7 @@ func run(c *config) int {
 	ticks := []func(time.Time){processes.tick, filesystem.tick, ports.tick, srv.tick, life.tick,
 		(&trimmer{served: srv.served.Load}).tick}
 	if guest && os.Geteuid() == 0 && ownMachine() {
-		raiseWatchLimits()
+		raiseWatchLimits(totalMemory())
 		ticks = append(ticks, (&reclaimer{busy: life.preparing}).tick)
 	}
 	metrics.sample(time.Now())
@@ -278,8 +278,8 @@ func run(c *config) int {
 	}
 
 	reason := <-signals
+	life.thaw() // what is frozen sees no signal, and the log may be a frozen file
 	slog.Info("stopping", "logger", "envd", "signal", reason.String(), "processes_live_on", !isInit)
-	life.thaw() // what is frozen sees no signal
 	if isInit {
 		listener.Close()
 		endProcesses()

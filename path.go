@@ -419,7 +419,7 @@ func (w *walk) becomeOwner(fd int, link *unix.Stat_t) bool {
 		return false
 	}
 	owner, err := w.users.lookup(w.users.now().names.of(uid))
-	if err != nil {
+	if err != nil || owner.uid != uid {
 		owner = account{uid: uid, gid: nobody}
 	}
 	w.as = &owner

@@ -142,7 +142,7 @@ func TestWalk(t *testing.T) {
 func TestDeepPaths(t *testing.T) {
 	d := startDaemon(t)
 	dir := publicDir(t)
-	for levels, status := range map[int]int{950: 200, 1500: 500, 3000: 400, 20_000: 400} {
+	for levels, status := range map[int]int{950: 200, 1500: 500, 3000: 400, 20_000: 431} {
 		got := d.upload(t, filesPath("path", dir+"/"+strings.Repeat("d/", levels)+"f"), "x")
 		if got.status != status {
 			t.Errorf("%d levels: %d %.100s", levels, got.status, got.body)

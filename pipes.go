@@ -11,8 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bigPipe is the size, in bytes, that the pipe of a process gets once it writes a lot (pipe(7), F_SETPIPE_SZ).
-const bigPipe = 1 << 20
+const (
+	bigPipe    = 1 << 20  // bytes that the pipe of a process gets once it writes a lot (pipe(7), F_SETPIPE_SZ)
+	ptyBuffers = 64 << 10 // and more than the kernel has room for in a terminal
+)
 
 // pipe gives two close-on-exec descriptors that block. The pipe belongs to the user, who may open /dev/stdout again.
 func pipe(user account) (read, write int, err error) {
@@ -71,6 +73,10 @@ func (o *outputPipe) drained() bool {
 func (o *outputPipe) readableLocked() int64 {
 	if o.eof {
 		return 0
+	} else if o.kind == ptyKind { // of which the kernel tells at most 4 KiB, and none while more is on its way, for which poll(2) waits
+		fds := []unix.PollFd{{Fd: int32(o.watch.fd), Events: unix.POLLIN}}
+		unix.Poll(fds, 0)
+		return int64(fds[0].Revents&unix.POLLIN) * ptyBuffers
 	}
 	n, _ := unix.IoctlGetInt(o.watch.fd, unix.TIOCINQ) // FIONREAD; 0 with an error
 	return int64(n)

@@ -31,11 +31,13 @@ import (
 	pb "envd/proto"
 )
 
+const maxTag = 4 << 10 // bytes
+
 type processOptions struct {
 	endSilence, endGrace    time.Duration
 	retainTime              time.Duration
 	retainCount             int
-	maxProcesses            int
+	maxProcesses            uint
 	stallAlone, stallShared time.Duration
 	keepAlive               time.Duration
 	path                    string // PATH of children, unless a variable says otherwise
@@ -271,6 +273,9 @@ func (s *processService) start(ctx context.Context, req *pb.StartRequest) (_ *pr
 	spec, err := s.plan(ctx, req)
 	if err != nil {
 		return nil, nil, err
+	}
+	if len(req.GetTag()) > maxTag {
+		return nil, nil, wireError(connect.CodeInvalidArgument, "the tag has %d bytes, at most %d are kept", len(req.GetTag()), maxTag)
 	}
 	p := &process{config: req.Process, tag: req.Tag, terminal: req.Pty != nil, log: s.memory.newLog(),
 		started: time.Now(), eof: make(chan struct{})}

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -50,7 +49,7 @@ func actingUser(ctx context.Context, users *userDB, defaultUser string) (account
 
 // keepAliveInterval reads Keepalive-Ping-Interval, in seconds.
 func keepAliveInterval(header http.Header, standard time.Duration) time.Duration {
-	seconds, err := strconv.ParseInt(cmp.Or(header.Get("Keepalive-Ping-Interval"), "0"), 10, 64)
+	seconds, err := strconv.ParseInt(header.Get("Keepalive-Ping-Interval"), 10, 64)
 	if err != nil || seconds <= 0 {
 		return standard
 	}
@@ -64,7 +63,7 @@ type weight struct {
 }
 
 func weights(header []string) (list []weight) {
-	for _, part := range strings.SplitN(strings.Join(header, ","), ",", 1000) { // a header may hold a million
+	for part := range strings.SplitSeq(strings.Join(header, ","), ",") {
 		name, parameters, _ := mime.ParseMediaType(part)
 		w := weight{name, 1}
 		if q, err := strconv.ParseFloat(parameters["q"], 64); err == nil {

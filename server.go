@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
@@ -31,8 +32,8 @@ type serverOptions struct {
 	noLocalClients bool
 	headerTimeout  time.Duration
 	idleTimeout    time.Duration
-	maxWaiting     int
-	maxRequests    int
+	maxWaiting     uint
+	maxRequests    uint
 }
 
 type route struct {
@@ -65,7 +66,7 @@ func newServer(o serverOptions, token *accessToken, users *userDB, lifecycle *li
 	// (closeStream of net/http sets it once more). tick does it.
 	s.http = &http.Server{
 		Handler: s, Protocols: &protocols, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: 1000},
-		ReadHeaderTimeout: s.headerTimeout, MaxHeaderBytes: 1 << 20,
+		ReadHeaderTimeout: s.headerTimeout, MaxHeaderBytes: 16 << 10,
 		ConnState:   s.conns.changed,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 	}
@@ -143,7 +144,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	r = r.WithContext(context.WithValue(r.Context(), requestKey{}, req))
 	switch {
 	case found != nil:
-		if slices.Contains(lifecyclePaths, r.URL.Path) {
+		if found.open && r.URL.Path != "/files" { // /health, /init, prepare: whoever sends one is alive
 			s.conns.with(conn, func(o *connection) { o.carried++ })
 			defer s.conns.with(conn, func(o *connection) { o.carried-- })
 		}
@@ -224,8 +225,8 @@ func (s *server) originAllowed(origin string) bool {
 
 // fromHere tells whether the peer's address is one of this machine's own.
 func fromHere(r *http.Request) bool {
-	host, _, _ := net.SplitHostPort(r.RemoteAddr)
-	peer := net.ParseIP(host)
+	from, _ := netip.ParseAddrPort(r.RemoteAddr) // with a zone, where it is a link's
+	peer := net.IP(from.Addr().AsSlice())
 	addrs, err := net.InterfaceAddrs()
 	if local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr); ok {
 		addrs = append(addrs, &net.IPNet{IP: local.IP})
@@ -235,9 +236,6 @@ func fromHere(r *http.Request) bool {
 		return ok && n.IP.Equal(peer)
 	})
 }
-
-// lifecyclePaths are those of requests that begin or end the preparation of a snapshot: their connections are alive.
-var lifecyclePaths = []string{"/health", "/init", "/snapshot/prepare"}
 
 // health is also how the host says that it goes on after a snapshot. It waits for no lock that other work could hold.
 func (s *server) health(w http.ResponseWriter, r *http.Request) {
@@ -262,7 +260,6 @@ func (s *server) prepare(w http.ResponseWriter, r *http.Request) {
 func (s *server) quiesce(time.Time) {
 	s.http.SetKeepAlivesEnabled(false) // closes what is idle, but for HTTP/2
 	s.conns.each(func(c net.Conn, o *connection) {
-		o.old = true
 		if !o.idle.IsZero() {
 			c.Close()
 		}
@@ -271,7 +268,7 @@ func (s *server) quiesce(time.Time) {
 
 func (s *server) resume() {
 	s.conns.each(func(c net.Conn, o *connection) {
-		if o.old && o.carried == 0 {
+		if o.opened.Before(*s.lifecycle.since.Load()) && o.carried == 0 {
 			c.(*net.TCPConn).SetLinger(0)
 			c.Close()
 		}
@@ -306,7 +303,7 @@ func (s *server) tick(now time.Time) {
 // connections are all that are open. It bounds those of HTTP/1 that wait for their client: for a request, half-open ones among
 // them, or for the rest of its body. Each costs some 20 KiB. Beyond the bound the one that has waited longest is closed.
 type connections struct {
-	max int
+	max uint
 
 	mu      sync.Mutex // protects what follows, and every connection; nothing is done under it that takes time
 	open    map[net.Conn]*connection
@@ -316,8 +313,8 @@ type connections struct {
 type connection struct {
 	place   *list.Element // in waiting, or nil
 	idle    time.Time     // since when; zero: it is not
-	old     bool          // was there when a snapshot was prepared
-	carried int           // requests of lifecyclePaths that it carries
+	opened  time.Time
+	carried int // requests that begin or end the preparation of a snapshot
 }
 
 func (cs *connections) each(do func(net.Conn, *connection)) {
@@ -332,7 +329,7 @@ func (cs *connections) changed(c net.Conn, state http.ConnState) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	if state == http.StateNew {
-		cs.open[c] = &connection{}
+		cs.open[c] = &connection{opened: time.Now()}
 	}
 	if o := cs.open[c]; o != nil {
 		if o.idle = (time.Time{}); state == http.StateIdle {
@@ -365,7 +362,7 @@ func (cs *connections) waitsLocked(c net.Conn, o *connection, waits bool) {
 	if waits {
 		o.place = cs.waiting.PushBack(c)
 	}
-	if cs.waiting.Len() > cs.max {
+	if uint(cs.waiting.Len()) > cs.max {
 		oldest := cs.waiting.Front().Value.(net.Conn)
 		cs.waitsLocked(oldest, cs.open[oldest], false)
 		oldest.Close()

@@ -50,6 +50,16 @@ func (s *settings) merge(env map[string]string, defaultUser, defaultWorkdir stri
 	s.defaultWorkdir = cmp.Or(defaultWorkdir, s.defaultWorkdir)
 }
 
+// sizeWith is what all variables take, in bytes, with a client's.
+func (s *settings) sizeWith(env map[string]string) (size int) {
+	all := s.environment()
+	maps.Copy(all, env)
+	for name, value := range all {
+		size += len(name) + len("=\x00") + len(value)
+	}
+	return size
+}
+
 func (s *settings) environment() map[string]string {
 	s.mu.RLock()
 	defer s.mu.RUnlock()

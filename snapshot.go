@@ -177,8 +177,8 @@ func (l *lifecycle) tick(now time.Time) {
 	}
 	for _, since := range []*atomic.Pointer[time.Time]{&l.groupsSince, &l.filesSince} {
 		if at := since.Load(); at != nil && now.Sub(*at) > l.thawTimeout {
+			go l.thaw() // before it is told: the log may be a frozen file
 			slog.Warn("frozen for too long", "logger", "snapshot")
-			go l.thaw()
 			return
 		}
 	}
@@ -286,10 +286,10 @@ func (l *lifecycle) freeze(w http.ResponseWriter, r *http.Request) {
 	begun := time.Now()
 	err = l.inTurn(r.Context(), func() error {
 		before = l.cgroups.frozenGroups()
+		l.groupsSince.Store(&begun) // though it may fail for one of them, and to thaw the other as well
 		if err := l.cgroups.freeze(true); err != nil {
 			return errors.Join(err, l.thawGroups())
 		}
-		l.groupsSince.Store(&begun)
 		return nil
 	})
 	if err != nil || most <= 0 {

@@ -147,6 +147,7 @@ func (s *spawner) awaitExit(c *child, exited func()) {
 func (s *spawner) wait(c *child) {
 	for !s.reap(c) {
 		if err := unix.Waitid(unix.P_PID, int(c.pid.Load()), nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil && err != unix.EINTR {
+			s.reap(c) // whoever took it holds the lock until the status is there
 			return
 		}
 	}
@@ -156,23 +157,10 @@ func (s *spawner) wait(c *child) {
 func (s *spawner) reap(c *child) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return c != nil && c.reaped || s.reapLocked(c)
-}
-
-// reapOrphans is init's duty: it takes the status of every process that has lost its parent. The children of envd among
-// them get theirs delivered.
-func (s *spawner) reapOrphans() {
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGCHLD)
-	for ; ; <-signals {
-		for s.reap(nil) {
-		}
-	}
-}
-
-func (s *spawner) reapLocked(c *child) bool {
 	which := -1
-	if c != nil {
+	if c != nil && c.reaped {
+		return true
+	} else if c != nil {
 		which = int(c.pid.Load())
 	}
 	var status syscall.WaitStatus
@@ -193,6 +181,17 @@ func (s *spawner) reapLocked(c *child) bool {
 		c.status, c.usage, c.end, c.reaped = status, usage, time.Now(), true
 	}
 	return true
+}
+
+// reapOrphans is init's duty: it takes the status of every process that has lost its parent. The children of envd among
+// them get theirs delivered.
+func (s *spawner) reapOrphans() {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGCHLD)
+	for ; ; <-signals {
+		for s.reap(nil) {
+		}
+	}
 }
 
 // start returns when the command is being executed, or has turned out not to be executable: then its reason stands on
@@ -266,9 +265,7 @@ func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
 // doom kills what a launch that nobody waits for has made so far.
 func (s *spawner) doom(c *child) {
 	c.doomed.Store(true)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.signalLocked(c, int(c.pid.Load()), syscall.SIGKILL)
+	s.kill(c, 1, syscall.SIGKILL)
 }
 
 func (s *spawner) launch(c *child, spec *spawnSpec) error {
@@ -289,7 +286,7 @@ func (s *spawner) launch(c *child, spec *spawnSpec) error {
 		code, reason = 127, "command not found"
 	}
 	c.status = syscall.WaitStatus(code << 8)
-	syscall.Write(spec.fds[2], []byte(argv[0]+": "+reason+"\n")) // into an empty pipe: cannot block
+	syscall.Write(spec.fds[2], []byte(argv[0][:min(len(argv[0]), 1024)]+": "+reason+"\n")) // into an empty pipe: cannot block
 	return nil
 }
 
@@ -309,7 +306,7 @@ func (s *spawner) attempt(c *child, spec *spawnSpec, paths, argv []string) error
 		delete(s.children, c)
 		s.mu.Unlock()
 	}
-	if leaf := c.leaf; leaf != nil && errno != syscall.EAGAIN && list[0].result == notReached {
+	if leaf := c.leaf; leaf != nil && errno != syscall.EAGAIN && errno != syscall.ENOMEM && list[0].result == notReached {
 		// Somebody removed the leaf, or the kernel kills what is cloned into it (cgroups.recycleLocked says why). EAGAIN is another
 		// matter: its group is full (pids.max), and what does not fit there must not run beside it without limits.
 		if errno == 0 {
@@ -374,7 +371,7 @@ func candidates(cmd, path string) (paths []string) {
 	if cmd == "" || strings.Contains(cmd, "/") {
 		return []string{cmd}
 	}
-	for dir := range strings.SplitSeq(path, ":") {
+	for dir := range strings.SplitSeq(path[:min(len(path), 128<<10)], ":") { // execve(2) takes no longer variable
 		paths = append(paths, cmp.Or(dir, ".")+"/"+cmd)
 	}
 	return paths
@@ -509,15 +506,16 @@ func (s *spawner) signal(c *child, sig syscall.Signal) error {
 	if c.leaf.signal(sig) {
 		return nil
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.signalLocked(c, -int(c.pid.Load()), sig)
+	return s.kill(c, -1, sig)
 }
 
-// signalLocked signals a child, or its process group, unless the pid is free again.
-func (s *spawner) signalLocked(c *child, pid int, sig syscall.Signal) error {
+// kill signals a child, or its process group (sign -1), unless the pid is free again.
+func (s *spawner) kill(c *child, sign int, sig syscall.Signal) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	pid := int(c.pid.Load())
 	if c.reaped || pid == 0 {
 		return os.ErrProcessDone
 	}
-	return syscall.Kill(pid, sig)
+	return syscall.Kill(sign*pid, sig)
 }

@@ -388,8 +388,7 @@ func openError(err error) error {
 type fdWriter int
 
 func (fd fdWriter) Write(p []byte) (done int, err error) {
-	for done < len(p) && (err == nil || err == unix.EINTR) {
-		var n int
+	for n := 1; done < len(p) && n > 0 || err == unix.EINTR; { // FUSE may take nothing without an error; io.Copy has one for that
 		n, err = unix.Write(int(fd), p[done:])
 		done += max(n, 0)
 	}
@@ -492,12 +491,15 @@ func (r *replacement) beside(fill func(f *os.File) error) error {
 
 // copyAttributes gives a new file the old one's access list, security labels and attributes.
 func (r *replacement) copyAttributes(fd int) error {
+	const acl = "system.posix_acl_access"
+	unix.Fremovexattr(fd, acl) // a directory's default one is for files that are new
 	f, err := r.open(os.O_RDONLY, 0)
-	if err != nil {
+	if errors.Is(err, os.ErrPermission) || errors.Is(err, errLeased) {
 		return nil // not readable for the link's owner: nothing of it is known to him
+	} else if err != nil {
+		return openError(err)
 	}
 	defer f.Close()
-	const acl = "system.posix_acl_access"
 	for name, value := range fileXattrs(int(f.Fd()), func(name string) bool {
 		return name == acl || strings.HasPrefix(name, "user.") || strings.HasPrefix(name, "security.") && name != "security.capability"
 	}) {

@@ -6,6 +6,9 @@
 package main
 
 import (
+	"cmp"
+	"errors"
+	"io/fs"
 	"os"
 	"slices"
 	"strconv"
@@ -45,9 +48,7 @@ type users struct {
 type userDB struct{ last atomic.Pointer[users] }
 
 func identify(path string) (st syscall.Stat_t) {
-	if syscall.Stat(path, &st) != nil {
-		return syscall.Stat_t{}
-	}
+	syscall.Stat(path, &st)
 	st.Atim = syscall.Timespec{} // reading is no change
 	return st
 }
@@ -66,20 +67,20 @@ func (db *userDB) now() *users {
 	}
 	u := &users{passwd, group, map[string]account{}, idNames{}, idNames{}}
 	members := map[string][]uint32{}
-	readDatabase("/etc/group", 4, func(f []string) {
+	err := readDatabase("/etc/group", 4, func(f []string) {
 		gid := number(f[2])
 		u.groupNames[gid] = f[0]
 		for member := range strings.SplitSeq(f[3], ",") {
 			members[member] = append(members[member], gid)
 		}
 	})
-	readDatabase("/etc/passwd", 7, func(f []string) {
+	err = cmp.Or(err, readDatabase("/etc/passwd", 7, func(f []string) {
 		a := account{name: f[0], uid: number(f[2]), gid: number(f[3]), home: f[5]}
 		a.groups = append(members[a.name], a.gid)
 		slices.Sort(a.groups)
 		a.groups = slices.Compact(a.groups)
 		u.accounts[a.name], u.names[a.uid] = a, a.name
-	})
+	}))
 	// Whoever runs envd can be acted for without a line of its own; root only where there is no database at all.
 	self := account{name: strconv.Itoa(os.Geteuid()), home: "/", uid: uint32(os.Geteuid()), gid: uint32(os.Getegid())}
 	if _, err := os.Stat("/root"); self.uid == 0 && err == nil {
@@ -92,7 +93,12 @@ func (db *userDB) now() *users {
 		self.groups = []uint32{self.gid}
 		u.accounts[self.name], u.names[self.uid] = self, self.name
 	}
-	db.last.Store(u)
+	last := db.last.Load()
+	if err == nil {
+		db.last.Store(u)
+	} else if last != nil { // there is no descriptor, perhaps
+		return last
+	}
 	return u
 }
 
@@ -103,8 +109,11 @@ func number(text string) uint32 {
 }
 
 // readDatabase calls line with the fields of each valid line, the last one first, so that the first of equal ones stays.
-func readDatabase(path string, fields int, line func([]string)) {
-	text, _ := os.ReadFile(path)
+func readDatabase(path string, fields int, line func([]string)) error {
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
 	for _, l := range slices.Backward(strings.Split(string(text), "\n")) {
 		f := strings.Split(strings.TrimSpace(l), ":")
 		if len(f) < fields || f[0] == "" || f[0][0] == '#' {
@@ -116,4 +125,5 @@ func readDatabase(path string, fields int, line func([]string)) {
 			}
 		}
 	}
+	return err
 }

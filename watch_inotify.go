@@ -472,6 +472,7 @@ func (w *watcher) list(d *watchedDir, dir *os.File, isNew, again bool) error {
 	if isNew && d.listed != nil {
 		d.horizon = w.waiting()
 		w.listings = append(w.listings, d)
+		w.expire(w.taken) // as a rule nothing waits, and the names of a whole tree are not held
 	}
 	if err == io.EOF || errors.Is(err, unix.ENOENT) {
 		return nil
@@ -479,9 +480,9 @@ func (w *watcher) list(d *watchedDir, dir *os.File, isNew, again bool) error {
 	return err
 }
 
-// raiseWatchLimits gives a guest the watches that its memory allows; the kernel's limits are meant for many users.
-func raiseWatchLimits() {
-	for name, value := range map[string]int{"max_user_instances": 8192, "max_user_watches": 1 << 20, "max_queued_events": 1 << 18} {
+// raiseWatchLimits is for guests; the kernel's own limits are meant for many users. A full queue of events takes 1/64 of the memory.
+func raiseWatchLimits(memory uint64) {
+	for name, value := range map[string]int{"max_user_instances": 8192, "max_user_watches": 1 << 20, "max_queued_events": min(1<<18, int(memory>>15))} {
 		if name = "fs/inotify/" + name; sysctl(name) < value {
 			os.WriteFile("/proc/sys/"+name, []byte(strconv.Itoa(value)), 0)
 		}
