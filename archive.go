@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -102,10 +103,11 @@ func (t *tarSender) sendEntry(dir *os.File, name, path string, depth int) error 
 	}
 	defer f.Close()
 	h.PAXRecords = map[string]string{}
-	room := 512 << 10 // a header takes a MiB at most
-	for name, value := range fileXattrs(int(f.Fd()), isUserXattr) {
-		if room -= 2 * (len(tarXattr) + len(name) + len(value)); room >= 0 {
-			h.PAXRecords[tarXattr+tarEscape.Replace(name)] = value
+	attributes, room := fileXattrs(int(f.Fd()), isUserXattr), 960<<10 // archive/tar makes headers of a MiB at most
+	for _, name := range slices.Sorted(maps.Keys(attributes)) {
+		record := tarXattr + tarEscape.Replace(name)
+		if room -= len(record) + len(attributes[name]) + 16; room >= 0 {
+			h.PAXRecords[record] = attributes[name]
 		}
 	}
 	if err = t.WriteHeader(h); err != nil {
@@ -213,8 +215,8 @@ func (x *unpacker) dress(fd int, h *tar.Header) error {
 	}
 	if err == nil && h.Typeflag != tar.TypeSymlink {
 		mode := uint32(h.Mode) & 0o7777
-		if x.top.as != nil { // who owns the link may have the file open, mapped even, and put a program of his into it
-			mode &= 0o777
+		if as := x.top.as; as != nil && as.uid != x.user.uid { // he may have the file open, mapped even, and put a program of his into it
+			mode &^= unix.S_ISUID | unix.S_ISGID
 		}
 		err = unix.Fchmod(fd, mode)
 		for record, value := range h.PAXRecords {

@@ -363,7 +363,7 @@ func (l *cgroupLeaf) signal(sig syscall.Signal) (ok bool) {
 		return true
 	}
 	// A pid that is free again in between is not hit: what is signalled is a pidfd whose pid is in the leaf after it was opened.
-	for some := range slices.Chunk(l.pids(), 256) {
+	for some := range slices.Chunk(l.pids(), 1024) {
 		fds := map[int]int{}
 		for _, pid := range some {
 			if fd, err := unix.PidfdOpen(pid, 0); err == nil {

@@ -202,17 +202,17 @@ func appendEntries(hold func(int64) error, users *users, dir, shown string, dept
 	var two sync.WaitGroup
 	for first := range 2 { // nearly all of it is system calls, two an entry
 		two.Go(func() {
-			more := 0 // bytes that the entry before had beside its path
-			for i := first; i < len(names) && hold(int64(more)) == nil; i += 2 {
+			for i := first; i < len(names) && hold(0) == nil; i += 2 {
 				var st unix.Stat_t
 				if unix.Fstatat(fd, names[i], &st, unix.AT_SYMLINK_NOFOLLOW) == unix.ENOENT {
 					continue // gone by now; of what tells nothing, a dead FUSE mount say, the name is told
 				}
 				entries[i] = entryOf(names[i], dir+names[i], shown+names[i], &st, users)
-				more = 3 * len(entries[i].GetSymlinkTarget())
+				more := 3 * len(entries[i].GetSymlinkTarget()) // than what was known before
 				for key, value := range entries[i].Metadata {
 					more += 3*(len(key)+len(value)) + 64
 				}
+				hold(int64(more))
 			}
 		})
 	}

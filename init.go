@@ -27,7 +27,7 @@ import (
 // execve(2) takes at best, and 128 KiB of one variable. Few of the larger bodies are read at a time.
 const (
 	initBodyLimit = 1 << 20
-	initBodySmall = 16 << 10
+	initBodySmall = 64 << 10
 	variableLimit = 128<<10 - 1
 
 	initPatience = 20 * time.Second // for the lock and what is done under it
@@ -211,7 +211,7 @@ func (s *initService) process(ctx context.Context, req *initRequest, arrived tim
 
 // apply does first what can fail.
 func (s *initService) apply(ctx context.Context, req *initRequest, arrived time.Time) error {
-	if size := s.settings.sizeWith(req.env); size > initBodyLimit {
+	if size := s.settings.sizeWith(req.env); size > max(initBodyLimit, s.settings.sizeWith(nil)) {
 		return fmt.Errorf("envVars: all variables together would have %d bytes, at most %d are kept", size, initBodyLimit)
 	}
 	if req.Timestamp != nil && s.guest {

@@ -251,7 +251,7 @@ func run(c *config) int {
 	spawner.cgroups, life.cgroups = cgroups, cgroups
 	c.output.liveLimit = cmp.Or(c.output.liveLimit, int64(totalMemory()/16))
 	ticks := []func(time.Time){processes.tick, filesystem.tick, ports.tick, srv.tick, life.tick,
-		(&trimmer{served: srv.served.Load}).tick}
+		(&trimmer{requests: func() (int64, int64) { return srv.served.Load(), srv.requests.Load() }}).tick}
 	if guest && os.Geteuid() == 0 && ownMachine() {
 		raiseWatchLimits(totalMemory())
 		ticks = append(ticks, (&reclaimer{busy: life.preparing}).tick)

@@ -194,11 +194,12 @@ func (r *reclaimer) tick(now time.Time) {
 // trimmer gives memory back once the load that needed it is over. The runtime collects when much has been allocated since the last
 // time, and at rest nothing is: what a burst left would stay for minutes. Its threads do stay: Go ends who needs one and gets none.
 type trimmer struct {
-	served    func() int64 // requests, so far
-	seen      int64        // of them
-	due       bool         // there was a load since the last look at rest
-	allocated uint64       // bytes, since the start
-	kept      uint64       // bytes, by the last trim, or less
+	requests  func() (served, open int64)
+	seen      int64  // of those served
+	due       bool   // there was a load since the last look at rest
+	allocated uint64 // bytes, since the start
+	kept      uint64 // bytes, by the last trim, or less
+	by        int64  // requests that were open then
 }
 
 const (
@@ -208,8 +209,11 @@ const (
 
 // tick is called about once a second. To look stops the world and wakes a thread, which at rest nothing is to do.
 func (t *trimmer) tick(time.Time) {
-	served := t.served()
+	served, open := t.requests()
 	t.due, t.seen = t.due || served != t.seen, served
+	if t.by > 0 && 2*open <= t.by { // what was kept was theirs
+		t.kept, t.by = 0, open
+	}
 	if !t.due {
 		return
 	}
@@ -219,6 +223,7 @@ func (t *trimmer) tick(time.Time) {
 	if !t.due && held > t.kept+trimAbove {
 		runtime.GC() // pools drop what they hold at the second collection
 		debug.FreeOSMemory()
+		t.by = open
 		_, t.kept = readHeap()
 	}
 }

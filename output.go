@@ -188,7 +188,7 @@ func (l *outputLog) append(kind outputKind, buf []byte, n int) (kept bool) {
 			// Room for what follows: a command that writes line by line must not cost a buffer a line.
 			size := 512
 			if last := len(l.chunks) - 1; last >= 0 {
-				size = min(2*len(l.chunks[last].data), 32<<10)
+				size = max(size, min(2*len(l.chunks[last].data), 32<<10))
 			}
 			data = append(make([]byte, 0, max(size, len(data))), data...)
 		}

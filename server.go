@@ -52,7 +52,7 @@ type server struct {
 	ready     chan struct{}                  // closed when all that requests may need is there
 	conns     connections
 	requests  atomic.Int64 // being served
-	served    atomic.Int64 // and ever
+	served    atomic.Int64 // before
 	http      *http.Server
 }
 
@@ -66,7 +66,7 @@ func newServer(o serverOptions, token *accessToken, users *userDB, lifecycle *li
 	// (closeStream of net/http sets it once more). tick does it.
 	s.http = &http.Server{
 		Handler: s, Protocols: &protocols, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: 1000},
-		ReadHeaderTimeout: s.headerTimeout, MaxHeaderBytes: 16 << 10,
+		ReadHeaderTimeout: s.headerTimeout, MaxHeaderBytes: 16 << 10, // net/http takes up to 30 times as much
 		ConnState:   s.conns.changed,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 	}
@@ -88,9 +88,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if s.cors(w, r) {
 		return
 	}
-	defer s.requests.Add(-1)
 	requests := s.requests.Add(1)
-	s.served.Add(1)
+	defer func() { s.requests.Add(-1); s.served.Add(1) }()
 	if r.URL.Path != "/health" {
 		if requests > int64(s.maxRequests) {
 			jsonError(w, http.StatusServiceUnavailable, "too many requests are being served (--max-requests)")

@@ -494,8 +494,8 @@ func (r *replacement) copyAttributes(fd int) error {
 	const acl = "system.posix_acl_access"
 	unix.Fremovexattr(fd, acl) // a directory's default one is for files that are new
 	f, err := r.open(os.O_RDONLY, 0)
-	if errors.Is(err, os.ErrPermission) || errors.Is(err, errLeased) {
-		return nil // not readable for the link's owner: nothing of it is known to him
+	if slices.ContainsFunc([]error{os.ErrPermission, errLeased, os.ErrNotExist, unix.ELOOP}, func(e error) bool { return errors.Is(err, e) }) {
+		return nil // not for the link's owner to know, held by somebody, or gone by now
 	} else if err != nil {
 		return openError(err)
 	}
