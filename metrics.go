@@ -199,7 +199,7 @@ type trimmer struct {
 	due       bool   // there was a load since the last look at rest
 	allocated uint64 // bytes, since the start
 	kept      uint64 // bytes, by the last trim, or less
-	by        int64  // requests that were open then
+	keptBy    int64  // requests that were open then
 }
 
 const (
@@ -211,8 +211,8 @@ const (
 func (t *trimmer) tick(time.Time) {
 	served, open := t.requests()
 	t.due, t.seen = t.due || served != t.seen, served
-	if t.by > 0 && 2*open <= t.by { // what was kept was theirs
-		t.kept, t.by = 0, open
+	if t.keptBy > 0 && 2*open <= t.keptBy { // what was kept was theirs
+		t.kept, t.keptBy = 0, open
 	}
 	if !t.due {
 		return
@@ -223,7 +223,7 @@ func (t *trimmer) tick(time.Time) {
 	if !t.due && held > t.kept+trimAbove {
 		runtime.GC() // pools drop what they hold at the second collection
 		debug.FreeOSMemory()
-		t.by = open
+		t.keptBy = open
 		_, t.kept = readHeap()
 	}
 }
