@@ -31,6 +31,7 @@ type fileService struct {
 	users    *userDB
 	token    *accessToken
 	settings *settings
+	budget   *budget
 	held     atomic.Int64 // bytes of uploads in memory
 }
 

@@ -44,6 +44,7 @@ var (
 type fsService struct {
 	users     *userDB
 	settings  *settings
+	budget    *budget
 	keepAlive time.Duration
 	idle      time.Duration // after which a polling watcher that nobody asks is closed
 	stopping  <-chan struct{}

@@ -938,7 +938,7 @@ func TestServerTimeouts(t *testing.T) {
 // While the daemon is still being put together /health is answered, and every other request waits.
 func TestHealthComesFirst(t *testing.T) {
 	t.Parallel()
-	s := newServer(serverOptions{version: "1", maxWaiting: 10, maxRequests: 10}, &accessToken{}, &userDB{}, newLifecycle(lifecycleOptions{}, false))
+	s := newServer(serverOptions{version: "1", maxWaiting: 10, maxRequests: 10}, &accessToken{}, &userDB{}, newLifecycle(lifecycleOptions{}, false), nil)
 	s.services = func() map[string]http.Handler { return nil }
 	s.routes = []route{{"GET", "/health", true, s.health}}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")

@@ -31,6 +31,7 @@ var floors = [][]string{
 	{"process", "fs", "files", "ports", "snapshot", "metrics"},
 	{"spawn", "watch_inotify", "pipes", "request"},
 	{"output", "pty_linux", "cgroup", "path", "user", "auth", "mmds", "log", "settings", "poller", "codec"},
+	{"budget"},
 }
 
 // annexes are files that belong to the room of another name.

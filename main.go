@@ -59,6 +59,7 @@ type config struct {
 	startTimeout time.Duration
 	output       outputMemory
 	watcherIdle  time.Duration
+	memoryLimit  byteSize
 }
 
 func parseFlags() *config {
@@ -72,6 +73,7 @@ func parseFlags() *config {
 	f.StringVar(&c.runDir, "run-dir", "/run/wrenn", "General: `directory` for the files that tell the guest about its sandbox")
 	f.StringVar(&c.nameservers, "nameservers", "8.8.8.8,1.1.1.1", "As process 1: comma-separated `addresses` for an empty /etc/resolv.conf, where ip= names none")
 	f.BoolVar(&c.e2bNames, "e2b-names", false, "General: E2B's names, too, for the sandbox's variables, its files and its event server")
+	f.Var(&c.memoryLimit, "memory-limit", "General: `bytes` that envd holds for clients and the guest, output included, with a unit KiB, MiB or GiB (default an eighth of the memory, 32MiB to 512MiB)")
 	f.BoolVar(&c.showVersion, "version", false, "General: print the version and exit")
 	f.BoolVar(&c.showCommit, "commit", false, "General: print the commit and exit")
 	f.Func("allow-origin", "Who may ask: comma-separated `origins` of web pages that may ask without a token under --isnotfc; * allows all", func(list string) error {
@@ -90,7 +92,7 @@ func parseFlags() *config {
 	f.UintVar(&c.process.maxProcesses, "max-processes", 4096, "Processes: `count` of processes that may run at once")
 	f.Int64Var(&c.output.perLog, "output-buffer", 512<<10, "Output: `bytes` of output kept of a running process that no client follows")
 	f.Int64Var(&c.output.resume, "output-resume", 4<<20, "Output: `bytes` kept of what a client was sent last, for it to come back after a broken connection")
-	f.Int64Var(&c.output.liveLimit, "output-memory", 0, "Output: `bytes` of output kept of all running ones together (default 1/16 of the memory)")
+	f.Int64Var(&c.output.liveLimit, "output-memory", 0, "Output: `bytes` of output kept of all running ones together (default 3/8 of --memory-limit)")
 	f.Int64Var(&c.output.endedLimit, "output-ended", 4<<20, "Output: `bytes` of output kept of all ended ones together")
 	f.DurationVar(&c.output.grace, "resume-grace", 2*time.Second, "Output: how long a process with a full buffer waits for a client that lost its connection")
 	f.DurationVar(&c.process.stallAlone, "stall-timeout", 60*time.Second, "Streams: how long a client may take no output before its stream is cut")
@@ -180,6 +182,10 @@ func run(c *config) int {
 		return 1
 	}
 
+	c.memoryLimit = cmp.Or(c.memoryLimit, byteSize(defaultMemoryLimit(totalMemory())))
+	budget := newBudget(int64(c.memoryLimit))
+	// What the budget does not count, and garbage that has not been collected: beyond it the collector works harder.
+	debug.SetMemoryLimit(int64(c.memoryLimit) + memoryLimitSlack)
 	users, token := &userDB{}, &accessToken{}
 	settings := &settings{defaultUser: "root", e2bNames: c.e2bNames, env: map[string]string{}}
 	stopping, streams := make(chan struct{}), &atomic.Int64{}
@@ -188,10 +194,10 @@ func run(c *config) int {
 	ports := newPorts(c.forward, listener.Addr().(*net.TCPAddr).Port)
 	defer ports.quiesce(time.Time{})
 	processes := &processService{processOptions: c.process, users: users, settings: settings, spawner: spawner,
-		onStart: ports.started, streams: streams, poller: poller, memory: &c.output, stopping: stopping, byPid: map[uint32]*process{}}
-	filesystem := &fsService{users: users, settings: settings, keepAlive: c.process.keepAlive, idle: c.watcherIdle,
+		onStart: ports.started, streams: streams, poller: poller, memory: &c.output, budget: budget, stopping: stopping, byPid: map[uint32]*process{}}
+	filesystem := &fsService{users: users, settings: settings, budget: budget, keepAlive: c.process.keepAlive, idle: c.watcherIdle,
 		stopping: stopping, streams: streams, watchers: map[string]*pollingWatcher{}}
-	files := &fileService{users: users, token: token, settings: settings}
+	files := &fileService{users: users, token: token, settings: settings, budget: budget}
 	life := newLifecycle(c.life, guest)
 	metrics := &metrics{others: func() []figure {
 		return []figure{
@@ -210,7 +216,7 @@ func run(c *config) int {
 			exporter.redirect(m.Address, m.InstanceID, m.EnvID)
 		},
 	}
-	srv := newServer(c.server, token, users, life)
+	srv := newServer(c.server, token, users, life, budget)
 	srv.services = sync.OnceValue(func() map[string]http.Handler {
 		process, processHandler := pb.NewProcessHandler(processes, rpcOptions()...)
 		fs, fsHandler := pb.NewFilesystemHandler(filesystem, append(rpcOptions(), boundFileCalls)...)
@@ -249,7 +255,7 @@ func run(c *config) int {
 	cgroups := openCgroupRoot(c)
 	defer cgroups.close()
 	spawner.cgroups, life.cgroups = cgroups, cgroups
-	c.output.liveLimit = cmp.Or(c.output.liveLimit, int64(totalMemory()/16))
+	c.output.liveLimit = cmp.Or(c.output.liveLimit, outputShare(int64(c.memoryLimit))-c.output.endedLimit)
 	ticks := []func(time.Time){processes.tick, filesystem.tick, ports.tick, srv.tick, life.tick,
 		(&trimmer{requests: func() (int64, int64) { return srv.served.Load(), srv.requests.Load() }}).tick}
 	if guest && os.Geteuid() == 0 && ownMachine() {
@@ -322,6 +328,9 @@ func listen(c *config, signals <-chan os.Signal, patient bool) (listener net.Lis
 		}
 	}
 }
+
+// memoryLimitSlack, in bytes, is what the runtime may have beyond the memory limit: its own needs, and garbage.
+const memoryLimitSlack = 24 << 20
 
 // maxMessage bounds a request's message, in bytes, decompressed: it is held in memory a few times over.
 const maxMessage = 16 << 20

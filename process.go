@@ -50,6 +50,7 @@ type processService struct {
 	spawner  *spawner
 	poller   *poller
 	memory   *outputMemory
+	budget   *budget
 	stopping <-chan struct{}
 	streams  *atomic.Int64 // open ones, those of other services included
 	onStart  func()

@@ -15,7 +15,8 @@ import (
 )
 
 type request struct {
-	user *account // named by Basic authentication, which is identification only; nil: none named
+	memory *grant   // what the daemon holds for this request; closed after its answer
+	user   *account // named by Basic authentication, which is identification only; nil: none named
 	// breakStream makes the write that hangs on this request's connection fail, and every later one. Nothing else frees a
 	// handler whose client has stopped reading.
 	breakStream func()

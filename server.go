@@ -47,6 +47,7 @@ type server struct {
 	token     *accessToken
 	users     *userDB
 	lifecycle *lifecycle
+	budget    *budget
 	routes    []route
 	services  func() map[string]http.Handler // by path prefix; made at the first call, which is later than the first /health
 	ready     chan struct{}                  // closed when all that requests may need is there
@@ -56,8 +57,8 @@ type server struct {
 	http      *http.Server
 }
 
-func newServer(o serverOptions, token *accessToken, users *userDB, lifecycle *lifecycle) *server {
-	s := &server{serverOptions: o, token: token, users: users, lifecycle: lifecycle, ready: make(chan struct{})}
+func newServer(o serverOptions, token *accessToken, users *userDB, lifecycle *lifecycle, budget *budget) *server {
+	s := &server{serverOptions: o, token: token, users: users, lifecycle: lifecycle, budget: budget, ready: make(chan struct{})}
 	s.conns = connections{max: o.maxWaiting, open: map[net.Conn]*connection{}}
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
@@ -130,7 +131,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	flusher := &heldWriter{ResponseWriter: w}
-	req := &request{breakStream: func() { http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0)) },
+	memory := s.budget.grant(forRequests)
+	defer memory.close()
+	req := &request{memory: memory, breakStream: func() { http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0)) },
 		keepFlush: func() { flusher.held = true }}
 	if name, _, named := r.BasicAuth(); named {
 		user, err := s.users.lookup(name)

@@ -1,0 +1,240 @@
+// The budget: one bound, --memory-limit, on what the daemon holds because a client or a process of the guest makes it hold it.
+//
+// Whoever is about to hold something for somebody takes its size first and gives it back afterwards: messages, bodies and
+// answers, connections and streams, listings and archives, directories under watch and the events kept of them, what List
+// tells of a process. Output logs have a fixed part of the limit (outputShare) and keep to it by themselves, since old
+// output can be dropped and nothing else can.
+//
+// Rules. Each class has a share, so that no kind of work keeps all others out. The last eighth is for grants that hold
+// little (grantSmall): whoever asks for much never keeps an ordinary request from being served. Strangers, who have not
+// shown the access token yet, are a class of their own with a small share. What is not to be had is waited for a moment,
+// then refused with an error that names the limit; the OOM killer is never what answers.
+//
+// Prices are rough and on the safe side: bytes of Go's heap and stacks, not of the kernel.
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// budgetClass is what a part of the budget is for.
+type budgetClass int
+
+const (
+	forStrangers budgetClass = iota // requests and connections that have not shown the token
+	forRequests                     // messages, connections, streams, answers
+	forFiles                        // uploads in memory, listings, archives
+	forWatches                      // directories under watch, events that are kept
+	forProcesses                    // what List tells of running processes
+	budgetClasses
+)
+
+// classShares are the parts, in sixteenths of the budget, that a class may have at most. Together they are more than the
+// whole: a class may use what others leave.
+var classShares = [budgetClasses]int64{forStrangers: 4, forRequests: 12, forFiles: 14, forWatches: 4, forProcesses: 4}
+
+const (
+	memoryLimitLeast = 32 << 20         // bytes: bounds of the default, which is an eighth of the memory
+	memoryLimitMost  = 512 << 20        //
+	grantSmall       = 64 << 10         // bytes: what a grant holds that may use the last eighth
+	budgetPatience   = time.Second      // of take
+	mebibyte         = float64(1 << 20) // for messages
+)
+
+// budgetError says what is refused for want of memory. Services answer it with resource_exhausted or 503.
+type budgetError struct{ wanted, limit int64 }
+
+func (e *budgetError) Error() string {
+	return fmt.Sprintf("envd has no memory left for this: it needs %.1f MiB more of the %.0f that --memory-limit allows",
+		float64(e.wanted)/mebibyte, float64(e.limit)/mebibyte)
+}
+
+// defaultMemoryLimit is for a machine with so many bytes of memory.
+func defaultMemoryLimit(machine uint64) int64 {
+	return int64(min(max(machine/8, memoryLimitLeast), memoryLimitMost))
+}
+
+// outputShare is what of a memory limit all output logs may hold.
+func outputShare(memoryLimit int64) int64 { return memoryLimit / 8 * 3 }
+
+// budget is what all grants together may hold. The nil *budget refuses nothing.
+type budget struct {
+	limit int64 // as it was set, for messages
+	size  int64 // bytes for grants: the limit without the part of the output logs
+
+	mu      sync.Mutex // protects what follows, and every grant
+	used    int64
+	usedFor [budgetClasses]int64
+	freed   chan struct{} // closed when something is given back; nil while nobody waits
+}
+
+func newBudget(memoryLimit int64) *budget {
+	return &budget{limit: memoryLimit, size: memoryLimit - outputShare(memoryLimit)}
+}
+
+// grant is what one holder has taken: a request, a connection, a watcher, a process. Its methods may be called by several
+// goroutines. The nil *grant stands for a holder that is not counted.
+type grant struct {
+	budget *budget
+	class  budgetClass
+	held   int64
+	closed bool // takes nothing any more
+}
+
+func (b *budget) grant(class budgetClass) *grant {
+	if b == nil {
+		return nil
+	}
+	return &grant{budget: b, class: class}
+}
+
+// take waits a moment for what is not to be had at once. It fails with a *budgetError, or with the context.
+func (g *grant) take(ctx context.Context, bytes int64) error {
+	return g.takeWithin(ctx, bytes, budgetPatience)
+}
+
+// tryTake fails at once, with a *budgetError.
+func (g *grant) tryTake(bytes int64) error { return g.takeWithin(context.Background(), bytes, 0) }
+
+func (g *grant) takeWithin(ctx context.Context, bytes int64, patience time.Duration) error {
+	if g == nil || bytes <= 0 {
+		return nil
+	}
+	var timeout <-chan time.Time
+	for {
+		freed, err := g.attempt(bytes, patience > 0)
+		if err == nil || freed == nil {
+			return err
+		}
+		if timeout == nil {
+			timer := time.NewTimer(patience)
+			defer timer.Stop()
+			timeout = timer.C
+		}
+		select {
+		case <-freed:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-timeout:
+			return err
+		}
+	}
+}
+
+// attempt takes if there is room. Otherwise it gives, to who is willing to wait and has a chance, what is closed when room
+// may have come.
+func (g *grant) attempt(bytes int64, waits bool) (freed <-chan struct{}, err error) {
+	b := g.budget
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	most := b.size
+	if g.held+bytes > grantSmall {
+		most -= b.size / 8
+	}
+	share := min(b.size/16*classShares[g.class], most)
+	if b.used+bytes <= most && b.usedFor[g.class]+bytes <= share && !g.closed {
+		g.addLocked(bytes)
+		return nil, nil
+	}
+	err = &budgetError{bytes, b.limit}
+	if !waits || g.closed || g.held+bytes > share { // for the last nothing that others give back is enough
+		return nil, err
+	}
+	if b.freed == nil {
+		b.freed = make(chan struct{})
+	}
+	return b.freed, err
+}
+
+func (g *grant) addLocked(bytes int64) {
+	b := g.budget
+	g.held += bytes
+	b.used += bytes
+	b.usedFor[g.class] += bytes
+	if bytes < 0 && b.freed != nil {
+		close(b.freed)
+		b.freed = nil
+	}
+}
+
+// give returns bytes before the holder ends.
+func (g *grant) give(bytes int64) {
+	if g == nil {
+		return
+	}
+	g.budget.mu.Lock()
+	defer g.budget.mu.Unlock()
+	g.addLocked(-min(bytes, g.held))
+}
+
+// close gives everything back, for good. It may be called again.
+func (g *grant) close() {
+	if g == nil {
+		return
+	}
+	g.budget.mu.Lock()
+	defer g.budget.mu.Unlock()
+	g.closed = true
+	g.addLocked(-g.held)
+}
+
+// become counts what is held under another class from now on: a stranger has shown the token.
+func (g *grant) become(class budgetClass) {
+	if g == nil {
+		return
+	}
+	g.budget.mu.Lock()
+	defer g.budget.mu.Unlock()
+	g.budget.usedFor[g.class] -= g.held
+	g.class = class
+	g.budget.usedFor[g.class] += g.held
+}
+
+// holds is what the grant has, in bytes.
+func (g *grant) holds() int64 {
+	if g == nil {
+		return 0
+	}
+	g.budget.mu.Lock()
+	defer g.budget.mu.Unlock()
+	return g.held
+}
+
+// inUse is what all grants hold together, in bytes.
+func (b *budget) inUse() int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.used
+}
+
+// byteSize is a flag's number of bytes, which may have a unit: 64MiB.
+type byteSize int64
+
+var byteUnits = []string{"", "KiB", "MiB", "GiB"}
+
+func (s *byteSize) String() string {
+	for unit := len(byteUnits) - 1; unit > 0; unit-- {
+		if size := int64(1) << (10 * unit); int64(*s) >= size && int64(*s)%size == 0 {
+			return strconv.FormatInt(int64(*s)/size, 10) + byteUnits[unit]
+		}
+	}
+	return strconv.FormatInt(int64(*s), 10)
+}
+
+func (s *byteSize) Set(text string) error {
+	digits := strings.TrimRight(text, "KMGiB")
+	unit := slices.Index(byteUnits, text[len(digits):])
+	n, err := strconv.ParseInt(digits, 10, 64)
+	if err != nil || unit < 0 || n < 0 || n > 1<<40>>(10*unit) {
+		return fmt.Errorf("%q is no size: a number of bytes, or with a unit KiB, MiB or GiB", text)
+	}
+	*s = byteSize(n << (10 * unit))
+	return nil
+}
