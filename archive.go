@@ -4,6 +4,8 @@ package main
 
 import (
 	"archive/tar"
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -25,16 +27,25 @@ var tarEscape, tarUnescape = strings.NewReplacer("%", "%25", "=", "%3D"), string
 
 func isUserXattr(name string) bool { return strings.HasPrefix(name, "user.") }
 
+// Prices in bytes.
+const (
+	tarSendPrice   = 256 << 10 // headers and their encoding, of which attributes are the largest part
+	tarUnpackPrice = 3 << 20   // archive/tar reads headers of up to a MiB, and makes strings of them
+	tarEntryPrice  = 256       // what is kept of an entry, its name besides
+	tarBatch       = 1024      // entries of a directory that are looked at together: there may be millions
+)
+
 type tarSender struct {
 	*tar.Writer
-	users *users
-	links map[[2]uint64]string // files with several names: the first one sent
-	gone  <-chan struct{}      // closed when the client is
+	ctx    context.Context // done when the client is gone
+	memory *grant
+	users  *users
+	links  map[[2]uint64]string // files with several names: the first one sent
 }
 
 // sendTar sends what is in a directory: directories, files, links. Sockets, FIFOs and devices are left out.
-func (s *fileService) sendTar(w http.ResponseWriter, dir *os.File, gone <-chan struct{}) {
-	t := &tarSender{tar.NewWriter(w), s.users.now(), map[[2]uint64]string{}, gone}
+func (s *fileService) sendTar(ctx context.Context, w http.ResponseWriter, dir *os.File) {
+	t := &tarSender{tar.NewWriter(w), ctx, requestOf(ctx).memory, s.users.now(), map[[2]uint64]string{}}
 	err := t.send(dir, "", 0)
 	if err == nil {
 		err = t.Close()
@@ -49,8 +60,15 @@ func (t *tarSender) send(dir *os.File, prefix string, depth int) error {
 	if depth > maxDepth {
 		return unix.ENAMETOOLONG
 	}
+	var price int64 // of the names
+	defer func() { t.memory.give(price) }()
 	for {
-		names, err := dir.Readdirnames(4096) // there may be millions
+		names, err := dir.Readdirnames(tarBatch)
+		more := int64(len(strings.Join(names, "")) + stringSize*len(names))
+		if failure := t.memory.take(t.ctx, more-price); failure != nil {
+			return failure
+		}
+		price = max(price, more)
 		slices.Sort(names)
 		for i := 0; i < len(names) && err == nil; i++ {
 			if err = t.sendEntry(dir, names[i], prefix+names[i], depth); errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ELOOP) {
@@ -94,7 +112,7 @@ func (t *tarSender) sendEntry(dir *os.File, name, path string, depth int) error 
 		return t.WriteHeader(h)
 	}
 	var f *os.File
-	err := unleased(time.Minute, t.gone, func() (err error) {
+	err := unleased(time.Minute, t.ctx.Done(), func() (err error) {
 		f, err = openIn(int(dir.Fd()), name, path, 0)
 		return err
 	})
@@ -116,10 +134,11 @@ func (t *tarSender) sendEntry(dir *os.File, name, path string, depth int) error 
 	if h.Typeflag == tar.TypeDir {
 		return t.send(f, path+"/", depth+1)
 	}
-	if st.Nlink > 1 {
+	// Where there is no room to remember it, its other names are sent as files of their own.
+	if st.Nlink > 1 && t.memory.tryTake(int64(tarEntryPrice+len(path))) == nil {
 		t.links[id] = path
 	}
-	return copyAll(t, io.LimitReader(io.MultiReader(f, zeros{}), st.Size)) // its size has been told; it may have shrunk since
+	return copyAll(t.ctx, t, io.LimitReader(io.MultiReader(f, zeros{}), st.Size)) // its size has been told; it may have shrunk since
 }
 
 // zeros are endless.
@@ -133,8 +152,9 @@ func (zeros) Read(p []byte) (int, error) {
 // unpacker puts the entries of an archive below a directory. Nothing below it is reached through a link.
 type unpacker struct {
 	*uploadRequest
-	top  *place
-	open []openDir // new directories whose entries may still come, the innermost last
+	memory *grant
+	top    *place
+	open   []openDir // new directories whose entries may still come, the innermost last
 }
 
 type openDir struct {
@@ -147,7 +167,8 @@ func (u *uploadRequest) receiveTar() error {
 	if err != nil {
 		return err
 	}
-	if err := u.take(patience); err != nil {
+	memory := requestOf(u.ctx).memory
+	if err := cmp.Or(u.take(patience), memory.take(u.ctx, tarUnpackPrice)); err != nil {
 		return err
 	}
 	top, err := walkPath(walk{users: u.users, mkdirs: &u.user}, path+"/")
@@ -155,7 +176,7 @@ func (u *uploadRequest) receiveTar() error {
 		return fmt.Errorf("error ensuring directories: %w", err)
 	}
 	defer top.close()
-	x := &unpacker{uploadRequest: u, top: top}
+	x := &unpacker{uploadRequest: u, top: top, memory: memory}
 	defer x.leave("")
 	index := map[string]int{}
 	for archive := tar.NewReader(u.body); ; {
@@ -174,6 +195,9 @@ func (u *uploadRequest) receiveTar() error {
 		}
 		if first, _, below := strings.Cut(name, "/"); first != "." && h.Typeflag != tar.TypeXGlobalHeader {
 			if _, known := index[first]; !known {
+				if err := memory.take(u.ctx, int64(tarEntryPrice+2*len(path)+4*len(first))); err != nil {
+					return err
+				}
 				index[first] = len(u.files)
 				u.files = append(u.files, written{Path: filepath.Join(path, first), Name: first, Type: "file"})
 			}
@@ -198,8 +222,18 @@ func (x *unpacker) leave(next string) {
 			unix.Close(fd)
 		}
 		d.close()
+		x.memory.give(priceOf(d.header))
 		x.open = x.open[:len(x.open)-1]
 	}
+}
+
+// priceOf is what a header holds while its directory is open.
+func priceOf(h *tar.Header) int64 {
+	price := tarEntryPrice + len(h.Name)
+	for name, value := range h.PAXRecords {
+		price += tarEntryPrice + len(name) + len(value)
+	}
+	return int64(price)
 }
 
 // dress gives something new its owner, mode, attributes and time. The archive's owner counts only for root.
@@ -252,8 +286,12 @@ func (x *unpacker) unpack(h *tar.Header, name string, content io.Reader) error {
 	if h.Typeflag == tar.TypeDir {
 		at, err := walkBelow(way, x.top, name+"/")
 		if err == nil && at.made { // one that was there stays as it is
-			x.open = append(x.open, openDir{at, h})
-		} else if err == nil {
+			if err = x.memory.take(x.ctx, priceOf(h)); err == nil {
+				x.open = append(x.open, openDir{at, h})
+				return nil
+			}
+		}
+		if at != nil {
 			at.close()
 		}
 		return err
@@ -279,7 +317,7 @@ func (x *unpacker) unpack(h *tar.Header, name string, content io.Reader) error {
 	}
 	at.st = unix.Stat_t{} // the name is replaced: nothing of what has it now matters
 	r := &replacement{place: at, dress: func(fd int) error { return x.dress(fd, h) }}
-	return r.beside(func(f *os.File) error { return copyAll(f, content) })
+	return r.beside(func(f *os.File) error { return copyAll(x.ctx, f, content) })
 }
 
 // replaceLink makes a link of either kind under a hidden name and gives it its own.

@@ -38,13 +38,14 @@ const (
 
 // classShares are the parts, in sixteenths of the budget, that a class may have at most. Together they are more than the
 // whole: a class may use what others leave.
-var classShares = [budgetClasses]int64{forStrangers: 4, forRequests: 12, forFiles: 14, forWatches: 4, forProcesses: 4}
+var classShares = [budgetClasses]int64{forStrangers: 4, forRequests: 12, forFiles: 14, forWatches: 6, forProcesses: 4}
 
 const (
 	memoryLimitLeast = 32 << 20         // bytes: bounds of the default, which is an eighth of the memory
 	memoryLimitMost  = 512 << 20        //
 	grantSmall       = 64 << 10         // bytes: what a grant holds that may use the last eighth
 	budgetPatience   = time.Second      // of take
+	stringSize       = 16               // bytes: of a string, its text besides
 	mebibyte         = float64(1 << 20) // for messages
 )
 
@@ -72,6 +73,7 @@ type budget struct {
 	mu      sync.Mutex // protects what follows, and every grant
 	used    int64
 	usedFor [budgetClasses]int64
+	returns int64         // times that something was given back
 	freed   chan struct{} // closed when something is given back; nil while nobody waits
 }
 
@@ -158,7 +160,11 @@ func (g *grant) addLocked(bytes int64) {
 	g.held += bytes
 	b.used += bytes
 	b.usedFor[g.class] += bytes
-	if bytes < 0 && b.freed != nil {
+	if bytes >= 0 {
+		return
+	}
+	b.returns++
+	if b.freed != nil {
 		close(b.freed)
 		b.freed = nil
 	}
@@ -207,11 +213,11 @@ func (g *grant) holds() int64 {
 	return g.held
 }
 
-// inUse is what all grants hold together, in bytes.
-func (b *budget) inUse() int64 {
+// inUse is what all grants hold together, in bytes, and how many times something was given back.
+func (b *budget) inUse() (bytes, returns int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.used
+	return b.used, b.returns
 }
 
 // byteSize is a flag's number of bytes, which may have a unit: 64MiB.

@@ -55,6 +55,7 @@ func badRequest(format string, args ...any) error {
 func (s *fileService) answer(w http.ResponseWriter, done any, err error) {
 	status := http.StatusInternalServerError
 	var known *httpError
+	var refusal *budgetError
 	switch {
 	case err == nil:
 		w.Header().Set("Content-Type", "application/json")
@@ -64,6 +65,8 @@ func (s *fileService) answer(w http.ResponseWriter, done any, err error) {
 		status, err = known.status, known
 	case isFull(err):
 		status = http.StatusInsufficientStorage
+	case errors.As(err, &refusal):
+		status, err = http.StatusServiceUnavailable, refusal
 	case slices.ContainsFunc([]error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, errLeased, errFilesHang},
 		func(passing error) bool { return errors.Is(err, passing) }):
 		status = http.StatusServiceUnavailable
@@ -164,10 +167,13 @@ func (s *fileService) send(w http.ResponseWriter, r *http.Request) error {
 	if kind == unix.S_IFDIR {
 		dir := os.NewFile(uintptr(fd), path)
 		defer dir.Close()
+		if err := requestOf(r.Context()).memory.take(r.Context(), tarSendPrice); err != nil {
+			return err
+		}
 		h.Set("Content-Type", "application/x-tar")
 		defer turn.transfer()()
 		if r.Method != http.MethodHead {
-			s.sendTar(w, dir, r.Context().Done())
+			s.sendTar(r.Context(), w, dir)
 		}
 		return nil
 	}
@@ -180,6 +186,8 @@ func (s *fileService) send(w http.ResponseWriter, r *http.Request) error {
 	start := make([]byte, size)
 	n, _ := unix.Pread(fd, start, 0)
 	start = start[:max(n, 0)]
+	// Where there is no room for compressing it, a file is sent as it is.
+	compressed = compressed && requestOf(r.Context()).memory.tryTake(gzipPrice) == nil
 	contentType := contentTypes[strings.ToLower(filepath.Ext(path))]
 	if compressed {
 		h.Set("Content-Encoding", "gzip")
@@ -257,13 +265,31 @@ var gzipWriters = sync.Pool{New: func() any {
 	return w
 }}
 
-var copyBuffers = sync.Pool{New: func() any { return new([256 << 10]byte) }}
+// gzipPrice is what compressing takes, in bytes: tables and windows.
+const gzipPrice = 1300 << 10
+
+const (
+	largeBuffer = 256 << 10
+	smallBuffer = 32 << 10 // where there is no room for a large one
+)
+
+var copyBuffers = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
 
 // copyAll copies with a large buffer and nothing clever.
-func copyAll(dst io.Writer, src io.Reader) error {
-	buf := copyBuffers.Get().(*[256 << 10]byte)
-	defer copyBuffers.Put(buf)
-	_, err := io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, buf[:])
+func copyAll(ctx context.Context, dst io.Writer, src io.Reader) error {
+	memory := requestOf(ctx).memory
+	var buffer []byte
+	if memory.tryTake(largeBuffer) == nil {
+		pooled := copyBuffers.Get().(*[largeBuffer]byte)
+		defer copyBuffers.Put(pooled)
+		buffer = pooled[:]
+	} else if err := memory.take(ctx, smallBuffer); err == nil {
+		buffer = make([]byte, smallBuffer)
+	} else {
+		return err
+	}
+	_, err := io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, buffer)
+	memory.give(int64(len(buffer)))
 	return err
 }
 
@@ -275,11 +301,11 @@ func stream(w http.ResponseWriter, r *http.Request, f *os.File, compressed bool)
 		z := gzipWriters.Get().(*gzip.Writer)
 		defer gzipWriters.Put(z)
 		z.Reset(w)
-		if err = copyAll(z, f); err == nil {
+		if err = copyAll(r.Context(), z, f); err == nil {
 			err = z.Close()
 		}
 	} else {
-		err = copyAll(w, f)
+		err = copyAll(r.Context(), w, f)
 	}
 	if err != nil {
 		panic(http.ErrAbortHandler) // a download that is cut is not to look like a complete one

@@ -29,17 +29,13 @@ import (
 	pb "envd/proto"
 )
 
+// Prices in bytes, names and paths besides.
 const (
-	pollingBytes = 16 << 20 // of events kept for all polling watchers together
-	eventBytes   = 160      // what an event takes, and its name besides
-	listingBytes = 256 << 20
-	entryBytes   = 512 // what an entry takes, and three times its path besides
+	eventPrice = 160 // an event that is kept
+	entryPrice = 384 // an entry of a listing
 )
 
-var (
-	errNotFetched = fmt.Errorf("more than %d MiB of events were not fetched", pollingBytes>>20)
-	errListings   = fmt.Errorf("the listings under way would take more than %d MiB", listingBytes>>20)
-)
+var errNotFetched = errors.New("more events were not fetched than --memory-limit has room for")
 
 type fsService struct {
 	users     *userDB
@@ -51,11 +47,9 @@ type fsService struct {
 	streams   *atomic.Int64 // open ones, those of other services included
 
 	overflows atomic.Int64 // watchers that ended because events were lost
-	listing   atomic.Int64 // bytes of all listings whose answers are under way
 
 	mu       sync.Mutex // protects what follows
 	watchers map[string]*pollingWatcher
-	kept     int // bytes of events, of all of them
 }
 
 // resolve gives the acting user, and the path that a client means.
@@ -76,13 +70,15 @@ func (s *fsService) resolve(ctx context.Context, path string) (account, string, 
 func fsError(err error, missing, other string) error {
 	code, prefix := connect.CodeInternal, other
 	var inWay fileInWay
+	var refusal *budgetError
 	switch {
 	case missing != "" && errors.Is(err, syscall.ENOENT):
 		code, prefix = connect.CodeNotFound, missing
 	case errors.As(err, &inWay):
 		return connect.NewError(code, inWay)
-	case slices.ContainsFunc([]error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, errWatchLimit, errInstanceLimit, errListings},
-		func(limit error) bool { return errors.Is(err, limit) }):
+	case errors.As(err, &refusal),
+		slices.ContainsFunc([]error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, errWatchLimit, errInstanceLimit},
+			func(limit error) bool { return errors.Is(err, limit) }):
 		code = connect.CodeResourceExhausted
 	}
 	return wireError(code, "%s: %w", prefix, err)
@@ -161,15 +157,12 @@ func (s *fsService) ListDir(ctx context.Context, req *connect.Request[pb.ListDir
 	} else if !info.IsDir() {
 		return nil, wireError(connect.CodeInvalidArgument, "path is not a directory: %s", resolved)
 	}
-	res, held := &pb.ListDirResponse{}, &atomic.Int64{}
-	defer func() { context.AfterFunc(ctx, func() { s.listing.Add(-held.Load()) }) }() // after the answer was sent
-	hold := func(bytes int64) error {
-		if held.Add(bytes); s.listing.Add(bytes) > listingBytes {
-			return errListings
-		}
-		return ctx.Err()
+	l := &listing{ctx: ctx, memory: requestOf(ctx).memory, users: s.users.now()}
+	err = l.add(resolved, filepath.Clean(path), max(req.Msg.GetDepth(), 1))
+	res := &pb.ListDirResponse{Entries: l.entries}
+	if err == nil {
+		err = payAnswer(ctx, l.memory, req.Header(), res)
 	}
-	err = appendEntries(hold, s.users.now(), resolved, filepath.Clean(path), max(req.Msg.GetDepth(), 1), &res.Entries)
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	} else if err != nil {
@@ -178,8 +171,21 @@ func (s *fsService) ListDir(ctx context.Context, req *connect.Request[pb.ListDir
 	return connect.NewResponse(res), nil
 }
 
-// appendEntries appends what is in a directory, in the order of a walk; the entries' paths begin with shown.
-func appendEntries(hold func(int64) error, users *users, dir, shown string, depth uint32, to *[]*pb.EntryInfo) error {
+// listing is the answer to one ListDir, as far as it was made. What it holds is the request's.
+type listing struct {
+	ctx     context.Context
+	memory  *grant
+	users   *users
+	entries []*pb.EntryInfo
+}
+
+// hold pays for some more, unless the client has left.
+func (l *listing) hold(bytes int) error {
+	return cmp.Or(l.ctx.Err(), l.memory.take(l.ctx, int64(bytes)))
+}
+
+// add appends what is in a directory, in the order of a walk; the entries' paths begin with shown.
+func (l *listing) add(dir, shown string, depth uint32) error {
 	f, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
@@ -190,50 +196,59 @@ func appendEntries(hold func(int64) error, users *users, dir, shown string, dept
 		var more []string
 		more, err = f.Readdirnames(4096)
 		names = append(names, more...)
-		if err := hold(int64(len(more)*(entryBytes+3*len(shown)) + 3*len(strings.Join(more, "")))); err != nil {
-			return err
+		// Each name is there three times, in a name, a path and a string of its own.
+		bytes := len(more)*(entryPrice+len(shown)) + 3*len(strings.Join(more, ""))
+		if failure := l.hold(bytes); failure != nil {
+			return failure
 		}
 	}
 	if err != io.EOF {
 		return err
 	}
 	slices.Sort(names)
-	fd, dir, shown := int(f.Fd()), strings.TrimSuffix(dir, "/")+"/", strings.TrimSuffix(shown, "/")+"/"
-	entries := make([]*pb.EntryInfo, len(names))
-	var two sync.WaitGroup
-	for first := range 2 { // nearly all of it is system calls, two an entry
-		two.Go(func() {
-			for i := first; i < len(names) && hold(0) == nil; i += 2 {
-				var st unix.Stat_t
-				if unix.Fstatat(fd, names[i], &st, unix.AT_SYMLINK_NOFOLLOW) == unix.ENOENT {
-					continue // gone by now; of what tells nothing, a dead FUSE mount say, the name is told
-				}
-				entries[i] = entryOf(names[i], dir+names[i], shown+names[i], &st, users)
-				more := 3 * len(entries[i].GetSymlinkTarget()) // than what was known before
-				for key, value := range entries[i].Metadata {
-					more += 3*(len(key)+len(value)) + 64
-				}
-				hold(int64(more))
-			}
-		})
+	dir, shown = strings.TrimSuffix(dir, "/")+"/", strings.TrimSuffix(shown, "/")+"/"
+	entries, err := l.describe(int(f.Fd()), names, dir, shown)
+	if err != nil {
+		return err
 	}
-	two.Wait()
 	for i, entry := range entries {
-		if err := hold(0); err != nil {
-			return err
-		}
 		if entry == nil {
 			continue
 		}
-		*to = append(*to, entry)
+		l.entries = append(l.entries, entry)
 		if entry.Type == pb.FileType_FILE_TYPE_DIRECTORY && entry.SymlinkTarget == nil && depth > 1 {
-			err := appendEntries(hold, users, dir+names[i], shown+names[i], depth-1, to)
+			err := l.add(dir+names[i], shown+names[i], depth-1)
 			if err != nil && !errors.Is(err, syscall.ENOENT) && !errors.Is(err, syscall.ENOTDIR) {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+// describe makes the entries of a directory's names; nil for what has gone by now.
+func (l *listing) describe(fd int, names []string, dir, shown string) ([]*pb.EntryInfo, error) {
+	entries := make([]*pb.EntryInfo, len(names))
+	var failures [2]error
+	var both sync.WaitGroup
+	for first := range failures { // nearly all of it is system calls, two an entry
+		both.Go(func() {
+			for i := first; i < len(names) && failures[first] == nil; i += len(failures) {
+				var st unix.Stat_t
+				if unix.Fstatat(fd, names[i], &st, unix.AT_SYMLINK_NOFOLLOW) == unix.ENOENT {
+					continue // of what tells nothing else, a dead FUSE mount say, the name is told
+				}
+				entries[i] = entryOf(names[i], dir+names[i], shown+names[i], &st, l.users)
+				more := 2 * len(entries[i].GetSymlinkTarget()) // than what was known before
+				for key, value := range entries[i].Metadata {
+					more += len(key) + len(value) + 4*stringSize
+				}
+				failures[first] = l.hold(more)
+			}
+		})
+	}
+	both.Wait()
+	return entries, cmp.Or(failures[0], failures[1])
 }
 
 // ---- changes -------------------------------------------------------------------------------------------------------
@@ -387,7 +402,7 @@ type pollingWatcher struct {
 	*watcher
 	includeEntry bool
 	kept         []watchEvent
-	bytes        int // of them
+	memory       *grant // for them
 	failure      error
 	asked        time.Time
 }
@@ -406,7 +421,7 @@ func (s *fsService) watch(ctx context.Context, path string, recursive, networkMo
 	case !networkMounts && isNetwork(path):
 		return nil, wireError(connect.CodeInvalidArgument, "cannot watch path on network filesystem: %s", path)
 	}
-	w, err := newWatcher(path, recursive, networkMounts)
+	w, err := newWatcher(path, recursive, networkMounts, s.budget.grant(forWatches))
 	if err != nil {
 		return nil, fsError(err, fmt.Sprintf("path %s not found", path), "error creating watcher")
 	}
@@ -474,7 +489,8 @@ func (s *fsService) CreateWatcher(ctx context.Context, req *connect.Request[pb.C
 	if err != nil {
 		return nil, err
 	}
-	p := &pollingWatcher{watcher: w, includeEntry: req.Msg.GetIncludeEntry(), asked: time.Now()}
+	p := &pollingWatcher{watcher: w, includeEntry: req.Msg.GetIncludeEntry(), asked: time.Now(),
+		memory: s.budget.grant(forWatches)}
 	id := "w" + strings.ToLower(rand.Text()[:20])
 	s.mu.Lock()
 	s.watchers[id] = p
@@ -483,25 +499,19 @@ func (s *fsService) CreateWatcher(ctx context.Context, req *connect.Request[pb.C
 	return connect.NewResponse(&pb.CreateWatcherResponse{WatcherId: id}), nil
 }
 
-// keep collects a polling watcher's events until it ends. When too much is kept, the watcher that keeps most ends.
+// keep collects a polling watcher's events until it ends. When there is no room for them, the watcher that keeps most ends.
 func (s *fsService) keep(p *pollingWatcher) {
 	for batch := range p.events {
-		bytes := len(batch) * eventBytes
+		price := 0
 		for _, event := range batch {
-			bytes += len(event.name)
+			price += eventPrice + len(event.name)
 		}
 		s.mu.Lock()
-		if p.failure == nil {
-			p.kept, p.bytes, s.kept = append(p.kept, batch...), p.bytes+bytes, s.kept+bytes
+		for p.failure == nil && p.memory.tryTake(int64(price)) != nil {
+			s.failLocked(s.keepsMostLocked(p), errNotFetched)
 		}
-		if s.kept > pollingBytes {
-			most := p
-			for _, other := range s.watchers {
-				if other.bytes > most.bytes {
-					most = other
-				}
-			}
-			s.failLocked(most, errNotFetched)
+		if p.failure == nil {
+			p.kept = append(p.kept, batch...)
 		}
 		s.mu.Unlock()
 	}
@@ -510,10 +520,20 @@ func (s *fsService) keep(p *pollingWatcher) {
 	s.failLocked(p, p.err)
 }
 
+// keepsMostLocked gives p, unless another one keeps more.
+func (s *fsService) keepsMostLocked(p *pollingWatcher) *pollingWatcher {
+	for _, other := range s.watchers {
+		if other.memory.holds() > p.memory.holds() {
+			p = other
+		}
+	}
+	return p
+}
+
 // takeLocked gives what a polling watcher has kept.
 func (s *fsService) takeLocked(p *pollingWatcher) (events []watchEvent) {
-	s.kept -= p.bytes
-	events, p.kept, p.bytes = p.kept, nil, 0
+	events, p.kept = p.kept, nil
+	p.memory.give(p.memory.holds())
 	return events
 }
 
@@ -524,12 +544,17 @@ func (s *fsService) failLocked(p *pollingWatcher, err error) {
 }
 
 func (s *fsService) GetWatcherEvents(ctx context.Context, req *connect.Request[pb.GetWatcherEventsRequest]) (*connect.Response[pb.GetWatcherEventsResponse], error) {
+	memory := requestOf(ctx).memory
 	s.mu.Lock()
 	p := s.watchers[req.Msg.GetWatcherId()]
+	s.mu.Unlock()
 	if p == nil {
-		s.mu.Unlock()
 		return nil, wireError(connect.CodeNotFound, "watcher with id %s not found", req.Msg.GetWatcherId())
 	}
+	if err := memory.take(ctx, 3*p.memory.holds()); err != nil { // the events stay
+		return nil, fsError(err, "", "cannot fetch events")
+	}
+	s.mu.Lock()
 	events, failure := s.takeLocked(p), p.failure
 	p.asked = time.Now()
 	s.mu.Unlock()
@@ -537,10 +562,13 @@ func (s *fsService) GetWatcherEvents(ctx context.Context, req *connect.Request[p
 		return nil, fsError(failure, "", "watcher error")
 	}
 	res := &pb.GetWatcherEventsResponse{}
-	room := listingBytes / 4 // for entries, which can have much metadata
+	entries := p.includeEntry
 	for _, event := range events {
-		res.Events = append(res.Events, s.tell(event, p.root, p.includeEntry && room > 0))
-		room -= 3 * proto.Size(res.Events[len(res.Events)-1])
+		message := s.tell(event, p.root, entries)
+		if entry := message.Entry; entry != nil && memory.take(ctx, int64(entryPrice+3*proto.Size(entry))) != nil {
+			message.Entry, entries = nil, false // there is no room for this and those that follow
+		}
+		res.Events = append(res.Events, message)
 	}
 	return connect.NewResponse(res), nil
 }

@@ -257,7 +257,7 @@ func run(c *config) int {
 	spawner.cgroups, life.cgroups = cgroups, cgroups
 	c.output.liveLimit = cmp.Or(c.output.liveLimit, outputShare(int64(c.memoryLimit))-c.output.endedLimit)
 	ticks := []func(time.Time){processes.tick, filesystem.tick, ports.tick, srv.tick, life.tick,
-		(&trimmer{requests: func() (int64, int64) { return srv.served.Load(), srv.requests.Load() }}).tick}
+		(&trimmer{budget: budget}).tick}
 	if guest && os.Geteuid() == 0 && ownMachine() {
 		raiseWatchLimits(totalMemory())
 		ticks = append(ticks, (&reclaimer{busy: life.preparing}).tick)
@@ -331,9 +331,6 @@ func listen(c *config, signals <-chan os.Signal, patient bool) (listener net.Lis
 
 // memoryLimitSlack, in bytes, is what the runtime may have beyond the memory limit: its own needs, and garbage.
 const memoryLimitSlack = 24 << 20
-
-// maxMessage bounds a request's message, in bytes, decompressed: it is held in memory a few times over.
-const maxMessage = 16 << 20
 
 // boundFileCalls bounds what file systems can make hang; the streams, which last, are no part of it.
 var boundFileCalls = connect.WithInterceptors(connect.UnaryInterceptorFunc(func(next connect.UnaryFunc) connect.UnaryFunc {

@@ -192,14 +192,15 @@ func (r *reclaimer) tick(now time.Time) {
 }
 
 // trimmer gives memory back once the load that needed it is over. The runtime collects when much has been allocated since the last
-// time, and at rest nothing is: what a burst left would stay for minutes. Its threads do stay: Go ends who needs one and gets none.
+// time, and at rest nothing is: what a burst left would stay for minutes. The budget tells of a load: something is given back to it
+// by every request, stream, connection and watcher that ends. Its threads do stay: Go ends who needs one and gets none.
 type trimmer struct {
-	requests  func() (served, open int64)
-	seen      int64  // of those served
+	budget    *budget
+	seen      int64  // times that something was given back
 	due       bool   // there was a load since the last look at rest
 	allocated uint64 // bytes, since the start
 	kept      uint64 // bytes, by the last trim, or less
-	keptBy    int64  // requests that were open then
+	keptUse   int64  // bytes of the budget that were in use then
 }
 
 const (
@@ -209,10 +210,10 @@ const (
 
 // tick is called about once a second. To look stops the world and wakes a thread, which at rest nothing is to do.
 func (t *trimmer) tick(time.Time) {
-	served, open := t.requests()
-	t.due, t.seen = t.due || served != t.seen, served
-	if t.keptBy > 0 && 2*open <= t.keptBy { // what was kept was theirs
-		t.kept, t.keptBy = 0, open
+	used, returns := t.budget.inUse()
+	t.due, t.seen = t.due || returns != t.seen, returns
+	if t.keptUse > 0 && 2*used <= t.keptUse { // what was kept was theirs
+		t.kept, t.keptUse = 0, used
 	}
 	if !t.due {
 		return
@@ -223,7 +224,7 @@ func (t *trimmer) tick(time.Time) {
 	if !t.due && held > t.kept+trimAbove {
 		runtime.GC() // pools drop what they hold at the second collection
 		debug.FreeOSMemory()
-		t.keptBy = open
+		t.keptUse = used
 		_, t.kept = readHeap()
 	}
 }

@@ -53,7 +53,6 @@ type server struct {
 	ready     chan struct{}                  // closed when all that requests may need is there
 	conns     connections
 	requests  atomic.Int64 // being served
-	served    atomic.Int64 // before
 	http      *http.Server
 }
 
@@ -90,7 +89,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	requests := s.requests.Add(1)
-	defer func() { s.requests.Add(-1); s.served.Add(1) }()
+	defer s.requests.Add(-1)
 	if r.URL.Path != "/health" {
 		if requests > int64(s.maxRequests) {
 			jsonError(w, http.StatusServiceUnavailable, "too many requests are being served (--max-requests)")
@@ -182,6 +181,7 @@ func (s *server) serveRPC(w http.ResponseWriter, r *http.Request) {
 	if conn, ok := connOf(r).(*net.TCPConn); ok {
 		conn.SetWriteBuffer(streamSendBuffer)
 	}
+	meterRPC(r, requestOf(r.Context()).memory)
 	service.ServeHTTP(w, r)
 }
 

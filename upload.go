@@ -251,7 +251,7 @@ func (u *uploadRequest) put(path string, body io.Reader) (map[string]string, err
 				if err == nil && !whole {
 					u.held.Add(-int64(cap(content)))
 					content = nil
-					err = copyAll(f, body)
+					err = copyAll(u.ctx, f, body)
 				}
 				return err
 			})
@@ -514,8 +514,11 @@ func (r *replacement) copyAttributes(fd int) error {
 
 func (s *fileService) compose(w http.ResponseWriter, r *http.Request) {
 	var req composeRequest
-	err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 16<<20)).Decode(&req)
+	err := json.NewDecoder(meterJSON(r, requestOf(r.Context()).memory)).Decode(&req)
+	var refusal *budgetError
 	switch {
+	case errors.As(err, &refusal): // it was not read to its end
+		w.Header().Set("Connection", "close")
 	case err != nil:
 		err = badRequest("invalid request body: %v", err)
 	case len(req.SourcePaths) == 0:

@@ -69,6 +69,17 @@ var (
 	errWatchOverflow = errors.New("events were lost: more than fs.inotify.max_queued_events were waiting")
 )
 
+// Prices in bytes.
+const (
+	watcherPrice    = 32 << 10 // two goroutines, the buffer, events on their way
+	watchedDirPrice = 1 << 10  // a directory in two maps
+	listedPrice     = 64       // a name in a map, and its bytes besides
+
+	watchBuffer = 8 << 10 // for events from the kernel
+	batchEvents = 256     // and batchBytes of names: what is handed on at once
+	batchBytes  = 16 << 10
+)
+
 var networkFilesystems = []int64{unix.NFS_SUPER_MAGIC, unix.SMB_SUPER_MAGIC, unix.SMB2_SUPER_MAGIC, unix.FUSE_SUPER_MAGIC,
 	0xFF534D42 /* CIFS */}
 
@@ -90,6 +101,7 @@ type watchedDir struct {
 	was      string      // its name then
 	children map[string]*watchedDir
 	listed   map[string]bool // names whose CREATE event was made up
+	price    int64           // of them
 	horizon  int64           // and up to where in the queue the kernel's own is passed over
 }
 
@@ -104,6 +116,7 @@ type watcher struct {
 	events chan []watchEvent // closed at the end; err says then why
 	err    error
 
+	memory    *grant // for directories
 	root      string
 	recursive bool
 	network   bool // network filesystems below the root, too
@@ -114,6 +127,7 @@ type watcher struct {
 	top       *watchedDir
 	doubt     bool // events did not fit the tree
 	batch     []watchEvent
+	named     int             // bytes of names in it
 	running   bool            // false: nobody is told yet
 	listings  []*watchedDir   // those with listed names, by horizon
 	taken     int64           // bytes of the queue that were processed
@@ -122,18 +136,26 @@ type watcher struct {
 	cancel    func()
 }
 
-// newWatcher watches a directory from now on. Events from before its return are not told.
-func newWatcher(root string, recursive, network bool) (*watcher, error) {
+// newWatcher watches a directory from now on. Events from before its return are not told. The grant is closed with the watcher.
+func newWatcher(root string, recursive, network bool, memory *grant) (_ *watcher, err error) {
+	defer func() {
+		if err != nil {
+			memory.close()
+		}
+	}()
+	if err := memory.tryTake(watcherPrice); err != nil {
+		return nil, err
+	}
 	fd, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
 	if err == unix.EMFILE || err == unix.ENFILE {
 		return nil, errInstanceLimit
 	} else if err != nil {
 		return nil, os.NewSyscallError("inotify_init1", err)
 	}
-	w := &watcher{events: make(chan []watchEvent), root: root, recursive: recursive, network: network, fd: fd,
+	w := &watcher{events: make(chan []watchEvent), memory: memory, root: root, recursive: recursive, network: network, fd: fd,
 		inotify: os.NewFile(uintptr(fd), "inotify"), dirs: map[int32]*watchedDir{}, moved: map[uint32]*watchedDir{}}
 	w.stop, w.cancel = context.WithCancel(context.Background())
-	buf := make([]byte, 64<<10)
+	buf := make([]byte, watchBuffer)
 	err = w.arm(nil, unix.AT_FDCWD, "", false)
 	for horizon := w.waiting(); err == nil && w.taken < horizon; {
 		err = w.read(buf)
@@ -157,6 +179,7 @@ func (w *watcher) close() {
 // run alone closes the descriptor, which it uses by number: that number never means another file.
 func (w *watcher) run(buf []byte) {
 	defer close(w.events)
+	defer w.memory.close()
 	defer w.inotify.Close()
 	w.running = true
 	for w.err == nil {
@@ -171,7 +194,7 @@ func (w *watcher) flush() {
 		case w.events <- w.batch:
 		case <-w.stop.Done():
 		}
-		w.batch = nil
+		w.batch, w.named = nil, 0
 	}
 }
 
@@ -229,7 +252,9 @@ func (w *watcher) verify() error {
 // expire drops the names listed in directories whose horizon the queue has passed.
 func (w *watcher) expire(taken int64) {
 	for len(w.listings) > 0 && w.listings[0].horizon <= taken {
-		w.listings[0].listed = nil
+		first := w.listings[0]
+		w.memory.give(first.price)
+		first.listed, first.price = nil, 0
 		w.listings = w.listings[1:]
 	}
 }
@@ -243,7 +268,7 @@ func (w *watcher) process(wd int32, mask, cookie uint32, name string) error {
 	case d == nil:
 		return nil
 	case mask&unix.IN_IGNORED != 0:
-		delete(w.dirs, wd)
+		w.forget(d)
 		d.leave()
 		return nil
 	case name == "" && d.depth > 0: // its parent tells the same, except that it has left the tree
@@ -306,9 +331,10 @@ func (w *watcher) emit(d *watchedDir, name string, mask uint32) {
 	for _, bit := range watchBits {
 		if mask&bit.mask != 0 {
 			w.batch = append(w.batch, watchEvent{name, bit.op})
+			w.named += len(name)
 		}
 	}
-	if len(w.batch) >= 256 {
+	if len(w.batch) >= batchEvents || w.named >= batchBytes {
 		w.flush()
 	}
 }
@@ -361,11 +387,19 @@ func (d *watchedDir) leave() {
 func (w *watcher) abandon(d *watchedDir) {
 	d.leave()
 	unix.InotifyRmWatch(w.fd, uint32(d.wd))
-	delete(w.dirs, d.wd)
+	w.forget(d)
 	delete(w.moved, d.cookie)
 	d.was = ""
 	for _, child := range d.children {
 		w.abandon(child)
+	}
+}
+
+// forget says that a directory is no longer under watch.
+func (w *watcher) forget(d *watchedDir) {
+	if w.dirs[d.wd] == d {
+		delete(w.dirs, d.wd)
+		w.memory.give(watchedDirPrice)
 	}
 }
 
@@ -434,6 +468,10 @@ func (w *watcher) arm(parent *watchedDir, at int, name string, again bool) error
 	}
 	d, known := w.dirs[int32(wd)]
 	if !known {
+		if err := w.memory.tryTake(watchedDirPrice); err != nil {
+			unix.InotifyRmWatch(w.fd, uint32(wd))
+			return err
+		}
 		d = &watchedDir{wd: int32(wd), dev: uint64(st.Dev), ino: st.Ino}
 		w.dirs[d.wd] = d
 	}
@@ -459,7 +497,12 @@ func (w *watcher) list(d *watchedDir, dir *os.File, isNew, again bool) error {
 				if d.listed == nil {
 					d.listed = map[string]bool{}
 				}
+				price := int64(listedPrice + len(entry.Name()))
+				if err := w.memory.tryTake(price); err != nil {
+					return err
+				}
 				d.listed[entry.Name()] = true
+				d.price += price
 				w.emit(d, entry.Name(), unix.IN_CREATE)
 			}
 			if entry.IsDir() {
