@@ -8,7 +8,8 @@
 // Rules. Each class has a share, so that no kind of work keeps all others out. The last eighth is for grants that hold
 // little (grantSmall): whoever asks for much never keeps an ordinary request from being served. Strangers, who have not
 // shown the access token yet, are a class of their own with a small share. What is not to be had is waited for a moment,
-// then refused with an error that names the limit; the OOM killer is never what answers.
+// then refused with an error that names the limit; the OOM killer is never what answers. Of those that want much the oldest
+// goes first: many that grow side by side would end up holding everything, and none of them could go on.
 //
 // Prices are rough and on the safe side: bytes of Go's heap and stacks, not of the kernel.
 
@@ -44,7 +45,8 @@ const (
 	memoryLimitLeast = 32 << 20         // bytes: bounds of the default, which is an eighth of the memory
 	memoryLimitMost  = 512 << 20        //
 	grantSmall       = 64 << 10         // bytes: what a grant holds that may use the last eighth
-	budgetPatience   = time.Second      // of take
+	budgetPatience   = 2 * time.Second  // of take
+	oldestPatience   = 8 * time.Second  // and of the oldest of those that want much, besides
 	stringSize       = 16               // bytes: of a string, its text besides
 	mebibyte         = float64(1 << 20) // for messages
 )
@@ -74,6 +76,8 @@ type budget struct {
 	used    int64
 	usedFor [budgetClasses]int64
 	returns int64         // times that something was given back
+	grants  int64         // made so far
+	waiting []*grant      // for much
 	freed   chan struct{} // closed when something is given back; nil while nobody waits
 }
 
@@ -86,6 +90,7 @@ func newBudget(memoryLimit int64) *budget {
 type grant struct {
 	budget *budget
 	class  budgetClass
+	number int64 // the older the smaller
 	held   int64
 	closed bool // takes nothing any more
 }
@@ -94,7 +99,10 @@ func (b *budget) grant(class budgetClass) *grant {
 	if b == nil {
 		return nil
 	}
-	return &grant{budget: b, class: class}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.grants++
+	return &grant{budget: b, class: class, number: b.grants}
 }
 
 // take waits a moment for what is not to be had at once. It fails with a *budgetError, or with the context.
@@ -109,23 +117,25 @@ func (g *grant) takeWithin(ctx context.Context, bytes int64, patience time.Durat
 	if g == nil || bytes <= 0 {
 		return nil
 	}
-	var timeout <-chan time.Time
-	for {
+	for began := time.Now(); ; {
 		freed, err := g.attempt(bytes, patience > 0)
 		if err == nil || freed == nil {
 			return err
 		}
-		if timeout == nil {
-			timer := time.NewTimer(patience)
-			defer timer.Stop()
-			timeout = timer.C
+		left := patience - time.Since(began)
+		if g.isOldest() { // the others give up first
+			left += oldestPatience
+		}
+		if left <= 0 {
+			g.stopWaiting()
+			return err
 		}
 		select {
 		case <-freed:
 		case <-ctx.Done():
+			g.stopWaiting()
 			return ctx.Err()
-		case <-timeout:
-			return err
+		case <-time.After(left):
 		}
 	}
 }
@@ -136,23 +146,62 @@ func (g *grant) attempt(bytes int64, waits bool) (freed <-chan struct{}, err err
 	b := g.budget
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	most := b.size
-	if g.held+bytes > grantSmall {
+	most, much := b.size, g.held+bytes > grantSmall
+	if much {
 		most -= b.size / 8
 	}
 	share := min(b.size/16*classShares[g.class], most)
-	if b.used+bytes <= most && b.usedFor[g.class]+bytes <= share && !g.closed {
+	fits := b.used+bytes <= most && b.usedFor[g.class]+bytes <= share && !g.closed
+	if fits && !(much && b.olderWaitsLocked(g)) {
 		g.addLocked(bytes)
+		b.forgetLocked(g)
 		return nil, nil
 	}
 	err = &budgetError{bytes, b.limit}
 	if !waits || g.closed || g.held+bytes > share { // for the last nothing that others give back is enough
 		return nil, err
 	}
+	if much && !slices.Contains(b.waiting, g) {
+		b.waiting = append(b.waiting, g)
+	}
 	if b.freed == nil {
 		b.freed = make(chan struct{})
 	}
 	return b.freed, err
+}
+
+// olderWaitsLocked tells whether a grant that was made before this one, of its class, waits for much.
+func (b *budget) olderWaitsLocked(g *grant) bool {
+	return slices.ContainsFunc(b.waiting, func(o *grant) bool { return o.number < g.number && o.class == g.class })
+}
+
+// isOldest tells whether a grant waits for much, and no older one of its class does.
+func (g *grant) isOldest() bool {
+	g.budget.mu.Lock()
+	defer g.budget.mu.Unlock()
+	return slices.Contains(g.budget.waiting, g) && !g.budget.olderWaitsLocked(g)
+}
+
+// stopWaiting lets younger ones go on.
+func (g *grant) stopWaiting() {
+	g.budget.mu.Lock()
+	defer g.budget.mu.Unlock()
+	g.budget.forgetLocked(g)
+}
+
+// forgetLocked takes one that waited for much from the list, which may let the next one go on.
+func (b *budget) forgetLocked(g *grant) {
+	if i := slices.Index(b.waiting, g); i >= 0 {
+		b.waiting = slices.Delete(b.waiting, i, i+1)
+		b.wakeLocked()
+	}
+}
+
+func (b *budget) wakeLocked() {
+	if b.freed != nil {
+		close(b.freed)
+		b.freed = nil
+	}
 }
 
 func (g *grant) addLocked(bytes int64) {
@@ -164,10 +213,7 @@ func (g *grant) addLocked(bytes int64) {
 		return
 	}
 	b.returns++
-	if b.freed != nil {
-		close(b.freed)
-		b.freed = nil
-	}
+	b.wakeLocked()
 }
 
 // give returns bytes before the holder ends.

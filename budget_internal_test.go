@@ -7,6 +7,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -60,6 +61,32 @@ func TestBudgetWaits(t *testing.T) {
 	}
 	if first.tryTake(1) == nil {
 		t.Fatal("a closed grant takes")
+	}
+}
+
+// TestBudgetOldestFirst: many that grow side by side do not keep one another from going on.
+func TestBudgetOldestFirst(t *testing.T) {
+	b := newBudget(64 << 20)
+	var done, refused atomic.Int64
+	var all sync.WaitGroup
+	for range 16 {
+		g := b.grant(forFiles)
+		all.Go(func() {
+			defer g.close()
+			for range 10 { // 10 MiB in all; three fit at once
+				if g.take(t.Context(), 1<<20) != nil {
+					refused.Add(1)
+					return
+				}
+				time.Sleep(time.Millisecond)
+			}
+			done.Add(1)
+		})
+	}
+	all.Wait()
+	t.Logf("%d done, %d refused", done.Load(), refused.Load())
+	if done.Load() < 3 || done.Load()+refused.Load() != 16 {
+		t.Errorf("%d of 16 came to their end, %d were refused; three fit at once", done.Load(), refused.Load())
 	}
 }
 
