@@ -46,7 +46,7 @@ const (
 	memoryLimitMost  = 512 << 20        //
 	grantSmall       = 64 << 10         // bytes: what a grant holds that may use the last eighth
 	budgetPatience   = 2 * time.Second  // of take
-	oldestPatience   = 8 * time.Second  // and of the oldest of those that want much, besides
+	oldestPatience   = 3 * time.Second  // and of the oldest of those that want much, besides
 	stringSize       = 16               // bytes: of a string, its text besides
 	mebibyte         = float64(1 << 20) // for messages
 )
@@ -122,10 +122,7 @@ func (g *grant) takeWithin(ctx context.Context, bytes int64, patience time.Durat
 		if err == nil || freed == nil {
 			return err
 		}
-		left := patience - time.Since(began)
-		if g.isOldest() { // the others give up first
-			left += oldestPatience
-		}
+		left := g.patience(patience) - time.Since(began)
 		if left <= 0 {
 			g.stopWaiting()
 			return err
@@ -175,11 +172,28 @@ func (b *budget) olderWaitsLocked(g *grant) bool {
 	return slices.ContainsFunc(b.waiting, func(o *grant) bool { return o.number < g.number && o.class == g.class })
 }
 
-// isOldest tells whether a grant waits for much, and no older one of its class does.
-func (g *grant) isOldest() bool {
-	g.budget.mu.Lock()
-	defer g.budget.mu.Unlock()
-	return slices.Contains(g.budget.waiting, g) && !g.budget.olderWaitsLocked(g)
+// patience is how long in all a grant waits. Of those that want much the youngest gives up first, and soon, so that the older
+// ones get what it held; the oldest is the most patient.
+func (g *grant) patience(most time.Duration) time.Duration {
+	b := g.budget
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !slices.Contains(b.waiting, g) {
+		return most
+	}
+	var all, younger time.Duration
+	for _, o := range b.waiting {
+		if o.class == g.class {
+			all++
+			if o.number > g.number {
+				younger++
+			}
+		}
+	}
+	if younger+1 == all {
+		most += oldestPatience
+	}
+	return most * (younger + 1) / all
 }
 
 // stopWaiting lets younger ones go on.
