@@ -41,11 +41,14 @@ type tarSender struct {
 	memory *grant
 	users  *users
 	links  map[[2]uint64]string // files with several names: the first one sent
+	linked *grant               // for them
 }
 
 // sendTar sends what is in a directory: directories, files, links. Sockets, FIFOs and devices are left out.
 func (s *fileService) sendTar(ctx context.Context, w http.ResponseWriter, dir *os.File) {
-	t := &tarSender{tar.NewWriter(w), ctx, requestOf(ctx).memory, s.users.now(), map[[2]uint64]string{}}
+	t := &tarSender{tar.NewWriter(w), ctx, requestOf(ctx).memory, s.users.now(), map[[2]uint64]string{},
+		s.budget.grant(forLinks)}
+	defer t.linked.close()
 	err := t.send(dir, "", 0)
 	if err == nil {
 		err = t.Close()
@@ -135,7 +138,7 @@ func (t *tarSender) sendEntry(dir *os.File, name, path string, depth int) error 
 		return t.send(f, path+"/", depth+1)
 	}
 	// Where there is no room to remember it, its other names are sent as files of their own.
-	if st.Nlink > 1 && t.memory.tryTake(int64(tarEntryPrice+len(path))) == nil {
+	if st.Nlink > 1 && t.linked.tryTake(int64(tarEntryPrice+len(path))) == nil {
 		t.links[id] = path
 	}
 	return copyAll(t.ctx, t, io.LimitReader(io.MultiReader(f, zeros{}), st.Size)) // its size has been told; it may have shrunk since

@@ -34,12 +34,13 @@ const (
 	forFiles                        // uploads in memory, listings, archives
 	forWatches                      // directories under watch, events that are kept
 	forProcesses                    // what List tells of running processes
+	forLinks                        // names of hard links in archives, which can be sent twice as well
 	budgetClasses
 )
 
 // classShares are the parts, in sixteenths of the budget, that a class may have at most. Together they are more than the
 // whole: a class may use what others leave.
-var classShares = [budgetClasses]int64{forStrangers: 4, forRequests: 12, forFiles: 14, forWatches: 6, forProcesses: 4}
+var classShares = [budgetClasses]int64{forStrangers: 4, forRequests: 12, forFiles: 14, forWatches: 6, forProcesses: 4, forLinks: 2}
 
 const (
 	memoryLimitLeast = 32 << 20         // bytes: bounds of the default, which is an eighth of the memory
