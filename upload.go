@@ -348,10 +348,20 @@ func (r *replacement) inPlace(content io.Reader, n int64) error {
 		return errNotInPlace
 	}
 	defer unlock()
-	if err := unix.Fstat(fd, &r.st); err != nil {
-		return openError(err)
+	if err = unix.Fstat(fd, &r.st); err != nil {
+		err = openError(err)
+	} else {
+		existed = existed || r.st.Size > 0 // by now
+		err = r.overwrite(fd, existed, content, n)
 	}
-	existed = existed || r.st.Size > 0 // by now
+	if err != nil && !existed {
+		r.unlink()
+	}
+	return err
+}
+
+// overwrite takes the steps on the open file, which is locked.
+func (r *replacement) overwrite(fd int, existed bool, content io.Reader, n int64) error {
 	undo, err := r.withMetadata(fd)
 	if err == nil && existed {
 		err = r.makeRoom(fd, n)
@@ -370,14 +380,13 @@ func (r *replacement) inPlace(content io.Reader, n int64) error {
 		}
 		err = fmt.Errorf("error writing file: %w", err)
 	}
-	switch {
-	case !existed:
-		r.unlink()
-		return err
-	case wrote > 0:
+	if wrote > 0 {
 		left += fmt.Sprintf("; %d bytes of the new content are written over the old", wrote)
-	default:
+	} else {
 		undo()
+	}
+	if !existed || left == "" {
+		return err
 	}
 	return &failedUpload{err, left}
 }
