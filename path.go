@@ -383,7 +383,7 @@ func (w *walk) begin(at int, base, path string) (*place, error) {
 			return err
 		})
 		if err == nil {
-			if err = unix.Fstat(w.dir, &w.dirs); err == nil && w.mkdirs != nil && isFresh(&w.dirs) {
+			if err = unix.Fstat(w.dir, &w.dirs); err == nil && isFresh(&w.dirs) {
 				err = unix.EAGAIN // awaitMade
 			}
 			if err != nil {
@@ -554,7 +554,7 @@ func isFresh(st *unix.Stat_t) bool { return st.Mode&(unix.S_IFMT|0o1777) == unix
 
 // awaitMade waits until a directory that may be in the making belongs to whom it is made for.
 func (w *walk) awaitMade(fd int, st *unix.Stat_t) error {
-	if w.mkdirs == nil || !isFresh(st) {
+	if !isFresh(st) {
 		return nil
 	}
 	unlock, ok := locks.lock(idOf(&w.dirs), 2*patience)
@@ -565,8 +565,8 @@ func (w *walk) awaitMade(fd int, st *unix.Stat_t) error {
 	return unix.Fstat(fd, st)
 }
 
-// mkdir makes a directory, mode 0755, and opens it. The lock is of the directory above: nobody who makes directories on his
-// way puts anything into the new one before it is handed over.
+// mkdir makes a directory, mode 0755, and opens it. The lock is of the directory above: no other walk enters the new one
+// before it is handed over.
 func (w *walk) mkdir(name string) (fd int, made bool, err error) {
 	if w.as != nil && isKernels(w.dir) {
 		return -1, false, errKernelFile
@@ -608,7 +608,7 @@ func (w *walk) handOver(fd int) (made bool, err error) {
 		now := st
 		if w.as != nil && st.Uid != w.mkdirs.uid {
 			now.Uid, now.Gid = 0, 0
-			if err := cmp.Or(unix.Fchown(fd, 0, 0), unix.Fchmod(fd, 0o700)); err != nil {
+			if err := cmp.Or(unix.Fchown(fd, 0, 0), unix.Fchmod(fd, fresh)); err != nil {
 				return err
 			}
 		}
