@@ -525,7 +525,7 @@ func TestMuchMetadata(t *testing.T) {
 	for ; err == nil; n++ {
 		_, err = r.Next()
 	}
-	if err != io.EOF || n != 402 {
+	if err != io.EOF || n != 1602 {
 		t.Errorf("%d entries, %v", n, err)
 	}
 }
