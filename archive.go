@@ -238,7 +238,11 @@ func (x *unpacker) dress(fd int, h *tar.Header) error {
 		err = chown(fd, &st, nil, owner)
 	}
 	if err == nil && h.Typeflag != tar.TypeSymlink {
-		err = unix.Fchmod(fd, x.mode(h, owner, st.Mode&unix.S_IFMT == unix.S_IFDIR))
+		mode := x.mode(h, owner, st.Mode&unix.S_IFMT == unix.S_IFDIR)
+		if mode&setIDs != 0 { // its owner alone says who may write to it
+			unix.Fremovexattr(fd, accessList)
+		}
+		err = unix.Fchmod(fd, mode)
 		for record, value := range h.PAXRecords {
 			if name, ok := strings.CutPrefix(record, tarXattr); ok && isUserXattr(name) && err == nil {
 				if err = unix.Fsetxattr(fd, tarUnescape.Replace(name), []byte(value), 0); err == unix.EOPNOTSUPP {

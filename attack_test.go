@@ -11,6 +11,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/binary"
 	"flag"
 	"fmt"
 	"io"
@@ -555,6 +556,31 @@ func TestArchiveOwners(t *testing.T) {
 		if !got.ok || st.Mode&0o7777 != c.want || int(st.Uid) != c.uid || int(st.Gid) != c.gid {
 			t.Errorf("%s: %d %s; mode %o, want %o, owner %d:%d", name, got.code, got.told, st.Mode, c.want, st.Uid, st.Gid)
 		}
+	}
+}
+
+// A set-ID program that an archive makes is nobody's to write by way of his directory's default access list.
+func TestArchiveInADirectoryWithAccessList(t *testing.T) {
+	t.Parallel()
+	d, home := startDaemonWithUsers(t, daemonConfig{})
+	entry := func(tag, permissions uint16, id uint32) (b []byte) {
+		b = binary.LittleEndian.AppendUint16(b, tag)
+		return binary.LittleEndian.AppendUint32(binary.LittleEndian.AppendUint16(b, permissions), id)
+	}
+	list := slices.Concat([]byte{2, 0, 0, 0}, entry(1, 7, 1<<32-1), entry(2, 7, uidUser), entry(4, 5, 1<<32-1), entry(16, 7, 1<<32-1), entry(32, 5, 1<<32-1))
+	if err := unix.Setxattr(home, "system.posix_acl_default", list, 0); err != nil {
+		t.Skip("needs access lists: ", err)
+	}
+	var text bytes.Buffer
+	w := tar.NewWriter(&text)
+	w.WriteHeader(&tar.Header{Name: "su", Mode: 0o4775})
+	w.Close()
+	got := d.request(t, "POST", filesPath("path", home, "username", "root"), text.String(), "Content-Type", "application/x-tar")
+	if n, err := unix.Getxattr(home+"/su", "system.posix_acl_access", nil); err != unix.ENODATA {
+		t.Errorf("the user may write to a set-ID program of root's: an access list of %d bytes, %v", n, err)
+	}
+	if mode := lstat(t, home+"/su").Mode & 0o7777; got.status != 200 || mode != 0o4775 {
+		t.Errorf("%d %s; mode %o", got.status, got.body, mode)
 	}
 }
 

@@ -319,7 +319,10 @@ func (s *fsService) move(user *account, from, to string) (err error) {
 	case source.as != nil && target.as != nil && target.as.uid != source.as.uid:
 		return unix.EACCES
 	}
-	exposed := shared(&source.dirs) || source.dirs.Uid != 0 && source.dirs.Uid != target.dirs.Uid
+	if source.kind() == unix.S_IFDIR {
+		source.name += "/" // nothing else that is put in its place meanwhile is moved
+	}
+	exposed := source.kind() != unix.S_IFDIR && (shared(&source.dirs) || source.dirs.Uid != 0 && source.dirs.Uid != target.dirs.Uid)
 	if exposed && source.as == nil && !sameFile && idOf(&source.dirs) != idOf(&target.dirs) {
 		return moveChecked(source, target, weaker)
 	}

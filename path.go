@@ -153,6 +153,9 @@ func (l *fileLocks) lock(id fileID, patience time.Duration) (unlock func(), ok b
 
 var locks = &fileLocks{users: map[fileID]*fileLock{}}
 
+// accessList is the attribute that says who else may do what with a file. A new one has it from its directory's default.
+const accessList = "system.posix_acl_access"
+
 // resolvePath turns a client's path into an absolute one. An empty path means the default working directory; `~` the
 // home; an absolute path stays exactly as it was sent; a relative one starts at the home and may climb out of it.
 func resolvePath(path, home, defaultWorkdir string) (string, error) {

@@ -577,8 +577,7 @@ func (r *replacement) replaceBy(temp *place, fd int) error {
 // copyAttributes gives a new file the old one's access list, security labels and attributes. It would rather have the old
 // file written in place than lose some.
 func (r *replacement) copyAttributes(fd int) error {
-	const acl = "system.posix_acl_access"
-	unix.Fremovexattr(fd, acl) // a directory's default one is for files that are new
+	unix.Fremovexattr(fd, accessList) // a directory's default one is for files that are new
 	f, err := r.open(os.O_RDONLY, 0)
 	if slices.ContainsFunc([]error{os.ErrPermission, errLeased, os.ErrNotExist, unix.ELOOP}, func(e error) bool { return errors.Is(err, e) }) {
 		return nil // not for the link's owner to know, held by somebody, or gone by now
@@ -588,7 +587,7 @@ func (r *replacement) copyAttributes(fd int) error {
 	defer f.Close()
 	wanted := 0
 	found := fileXattrs(int(f.Fd()), func(name string) bool {
-		copied := name == acl || strings.HasPrefix(name, "user.") ||
+		copied := name == accessList || strings.HasPrefix(name, "user.") ||
 			strings.HasPrefix(name, "security.") && name != "security.capability"
 		if copied {
 			wanted++
@@ -599,7 +598,7 @@ func (r *replacement) copyAttributes(fd int) error {
 		return errNotByRename
 	}
 	for name, value := range found {
-		if err := unix.Fsetxattr(fd, name, []byte(value), 0); err != nil && (isFull(err) || name == acl) {
+		if err := unix.Fsetxattr(fd, name, []byte(value), 0); err != nil && (isFull(err) || name == accessList) {
 			return os.NewSyscallError("fsetxattr", err)
 		}
 	}
