@@ -21,6 +21,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+const linkedBytes = 64 // an entry of unpacker.linked
+
 const tarXattr = "SCHILY.xattr." // before an attribute's name in a PAX record, in which GNU tar escapes what may not be there
 
 var tarEscape, tarUnescape = strings.NewReplacer("%", "%25", "=", "%3D"), strings.NewReplacer("%25", "%", "%3D", "=")
@@ -155,9 +157,9 @@ func (zeros) Read(p []byte) (int, error) {
 // unpacker puts the entries of an archive below a directory. Nothing below it is reached through a link.
 type unpacker struct {
 	*uploadRequest
-	memory *grant
 	top    *place
-	open   []openDir // new directories whose entries may still come, the innermost last
+	open   []openDir       // new directories whose entries may still come, the innermost last
+	linked map[fileID]bool // files that this archive has given further names
 }
 
 type openDir struct {
@@ -170,8 +172,7 @@ func (u *uploadRequest) receiveTar() error {
 	if err != nil {
 		return err
 	}
-	memory := requestOf(u.ctx).memory
-	if err := cmp.Or(u.take(patience), memory.take(u.ctx, tarUnpackPrice)); err != nil {
+	if err := cmp.Or(u.take(patience), u.memory.take(u.ctx, tarUnpackPrice)); err != nil {
 		return err
 	}
 	top, err := walkPath(walk{users: u.users, mkdirs: &u.user}, path+"/")
@@ -179,7 +180,7 @@ func (u *uploadRequest) receiveTar() error {
 		return fmt.Errorf("error ensuring directories: %w", err)
 	}
 	defer top.close()
-	x := &unpacker{uploadRequest: u, top: top, memory: memory}
+	x := &unpacker{uploadRequest: u, top: top, linked: map[fileID]bool{}}
 	defer x.leave("")
 	index := map[string]int{}
 	for archive := tar.NewReader(u.body); ; {
@@ -198,7 +199,7 @@ func (u *uploadRequest) receiveTar() error {
 		}
 		if first, _, below := strings.Cut(name, "/"); first != "." && h.Typeflag != tar.TypeXGlobalHeader {
 			if _, known := index[first]; !known {
-				if err := memory.take(u.ctx, int64(tarEntryPrice+2*len(path)+4*len(first))); err != nil {
+				if err := u.memory.take(u.ctx, int64(tarEntryPrice+2*len(path)+4*len(first))); err != nil {
 					return err
 				}
 				index[first] = len(u.files)
@@ -239,21 +240,42 @@ func priceOf(h *tar.Header) int64 {
 	return int64(price)
 }
 
-// dress gives something new its owner, mode, attributes and time. The archive's owner counts only for root.
-func (x *unpacker) dress(fd int, h *tar.Header) error {
-	owner := account{uid: uint32(h.Uid), gid: uint32(h.Gid)}
+// owner is whose an entry becomes. The archive's owner counts only for root.
+func (x *unpacker) owner(h *tar.Header) account {
 	if x.user.uid != 0 {
-		owner = x.user
+		return x.user
 	}
+	return account{uid: uint32(h.Uid), gid: uint32(h.Gid)} // unpack has checked them
+}
+
+// mode is what an entry may have of its mode. Whoever had a file as his own for a moment can have it open, mapped even, and
+// put a program of his into it: with a set-ID bit it runs as nobody but himself, in no group but his own.
+func (x *unpacker) mode(h *tar.Header, owner account, isDir bool) uint32 {
+	mode := uint32(h.Mode) & 0o7777
+	if as := x.top.as; as != nil && as.uid != x.user.uid {
+		mode &^= setIDs // it was made in the name of a link's owner
+	}
+	if mode&unix.S_ISGID != 0 && !isDir && owner.uid != 0 {
+		known, err := x.users.lookup(x.users.now().names.of(owner.uid))
+		if err != nil || !slices.Contains(known.groups, owner.gid) {
+			mode &^= unix.S_ISGID
+		}
+	}
+	return mode
+}
+
+// dress gives something new its owner, mode, attributes and time.
+func (x *unpacker) dress(fd int, h *tar.Header) error {
+	owner := x.owner(h)
 	var st unix.Stat_t
 	err := unix.Fstat(fd, &st)
 	if err == nil {
 		err = chown(fd, &st, nil, owner)
 	}
 	if err == nil && h.Typeflag != tar.TypeSymlink {
-		mode := uint32(h.Mode) & 0o7777
-		if as := x.top.as; as != nil && as.uid != x.user.uid { // he may have the file open, mapped even, and put a program of his into it
-			mode &^= unix.S_ISUID | unix.S_ISGID
+		mode := x.mode(h, owner, st.Mode&unix.S_IFMT == unix.S_IFDIR)
+		if mode&setIDs != 0 { // its owner alone says who may write to it
+			unix.Fremovexattr(fd, accessList)
 		}
 		err = unix.Fchmod(fd, mode)
 		for record, value := range h.PAXRecords {
@@ -286,6 +308,9 @@ func (x *unpacker) unpack(h *tar.Header, name string, content io.Reader) error {
 	if name == "." {
 		return nil
 	}
+	if x.user.uid == 0 && (h.Uid < 0 || h.Uid >= noID || h.Gid < 0 || h.Gid >= noID) {
+		return badRequest("archive entry '%s' has an owner that nobody can be: %d:%d", h.Name, h.Uid, h.Gid)
+	}
 	if h.Typeflag == tar.TypeDir {
 		at, err := walkBelow(way, x.top, name+"/")
 		if err == nil && at.made { // one that was there stays as it is
@@ -316,11 +341,37 @@ func (x *unpacker) unpack(h *tar.Header, name string, content io.Reader) error {
 			return err
 		}
 		defer old.close()
-		return x.replaceLink(at, h, func(temp *place) error { return unix.Linkat(old.dir, old.name, temp.dir, temp.name, 0) })
+		return x.replaceLink(at, h, func(temp *place) error { return x.hardLink(old, temp) })
 	}
 	at.st = unix.Stat_t{} // the name is replaced: nothing of what has it now matters
 	r := &replacement{place: at, dress: func(fd int) error { return x.dress(fd, h) }}
 	return r.beside(func(f *os.File) error { return copyAll(x.ctx, f, content) })
+}
+
+// hardLink gives a file one more name, unless it can be another one's by way of a hard link. A file that this archive has
+// linked before is not asked about again.
+func (x *unpacker) hardLink(old, temp *place) error {
+	if old.as != nil { // the kernel decides
+		return unix.Linkat(old.dir, old.name, temp.dir, temp.name, 0)
+	}
+	fd, err := unix.Openat(old.dir, old.name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if id := idOf(&st); !x.linked[id] {
+		if foreign(&old.dirs, &st) {
+			return unix.EPERM
+		} else if err := x.memory.tryTake(linkedBytes); err != nil {
+			return err
+		}
+		x.linked[id] = true
+	}
+	return unix.Linkat(fd, "", temp.dir, temp.name, unix.AT_EMPTY_PATH)
 }
 
 // replaceLink makes a link of either kind under a hidden name and gives it its own.

@@ -20,7 +20,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -32,7 +31,6 @@ type fileService struct {
 	token    *accessToken
 	settings *settings
 	budget   *budget
-	held     atomic.Int64 // bytes of uploads in memory
 }
 
 // httpError is an error with its status.
@@ -86,6 +84,14 @@ func (s *fileService) acting(r *http.Request, query url.Values, operation string
 		err = badRequest("username not provided")
 	}
 	return name, err
+}
+
+// mayArchive refuses a whole directory to a signed URL, which stands for one file.
+func (s *fileService) mayArchive(r *http.Request) error {
+	if s.token.isSet() && !s.token.matches(r.Header.Get("X-Access-Token")) {
+		return httpErrorf(http.StatusForbidden, "an archive needs the access token in X-Access-Token: a signed URL stands for one file")
+	}
+	return nil
 }
 
 func (s *fileService) user(name string) (account, error) {
@@ -149,6 +155,8 @@ func (s *fileService) send(w http.ResponseWriter, r *http.Request) error {
 		return fmt.Errorf("error checking if path exists '%s': stat %s: %w", path, path, err)
 	case kind == unix.S_IFDIR && !slices.ContainsFunc(weights(r.Header.Values("Accept")), wantsTar):
 		return badRequest("path '%s' is a directory", path)
+	case kind == unix.S_IFDIR && s.mayArchive(r) != nil:
+		return s.mayArchive(r)
 	case kind != unix.S_IFDIR && kind != unix.S_IFREG:
 		return badRequest("path '%s' is not a regular file", path)
 	case kind == unix.S_IFREG && refusal != nil:

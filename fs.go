@@ -327,12 +327,45 @@ func (s *fsService) move(user *account, from, to string) (err error) {
 	switch {
 	case source.name == "" || target.name == "" || source.name == ".." || target.name == "..":
 		return unix.EBUSY
+	case source.as == nil && foreign(&source.dirs, &source.st):
+		return unix.EPERM
 	case target.kind() == unix.S_IFDIR && !(sameFile && from != to):
 		return unix.EEXIST
 	case source.as != nil && target.as != nil && target.as.uid != source.as.uid:
 		return unix.EACCES
 	}
-	return weaker.do(func() error { return unix.Renameat(source.dir, source.name, target.dir, target.name) })
+	if source.kind() == unix.S_IFDIR {
+		source.name += "/" // nothing else that is put in its place meanwhile is moved
+	}
+	exposed := source.kind() != unix.S_IFDIR && (shared(&source.dirs) || source.dirs.Uid != 0 && source.dirs.Uid != target.dirs.Uid)
+	if exposed && source.as == nil && !sameFile && idOf(&source.dirs) != idOf(&target.dirs) {
+		return moveChecked(source, target, weaker)
+	}
+	return weaker.do(func() error { return rename(source, target) })
+}
+
+func rename(from, to *place) error { return unix.Renameat(from.dir, from.name, to.dir, to.name) }
+
+// moveChecked moves out of a directory where somebody else can put a hard link to what is not his in the place of what was
+// looked at. It is looked at again under a hidden name in the target's directory, where it is not his to change any more.
+func moveChecked(source, target, weaker *place) error {
+	hidden := target.hidden()
+	return weaker.do(func() error {
+		if err := rename(source, hidden); err != nil {
+			return err
+		}
+		err := unix.Fstatat(hidden.dir, hidden.name, &hidden.st, unix.AT_SYMLINK_NOFOLLOW)
+		if err == nil && foreign(&source.dirs, &hidden.st) {
+			err = unix.EPERM
+		}
+		if err == nil {
+			err = rename(hidden, target)
+		}
+		if err != nil {
+			rename(hidden, source)
+		}
+		return err
+	})
 }
 
 func (s *fsService) Remove(ctx context.Context, req *connect.Request[pb.RemoveRequest]) (*connect.Response[pb.RemoveResponse], error) {

@@ -19,7 +19,9 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 	"unicode/utf8"
@@ -33,6 +35,7 @@ var (
 	errNUL              = errors.New("a NUL byte in it")
 	errLeased           = fmt.Errorf("another program has a lease on it: %w", unix.EAGAIN)
 	errFilesHang        = errors.New("too many requests wait for file systems that do not answer")
+	errKernelFile       = fmt.Errorf("a link of another user's leads to the kernel's: %w", unix.EACCES)
 )
 
 const patience = 2 * time.Second // of what another program, or a file system, keeps waiting
@@ -107,6 +110,51 @@ func (t *turn) transfer() (end func()) {
 		close(ended)
 	}
 }
+
+// fileID is what a file is known by while somebody has it open, whatever its names.
+type fileID struct{ device, inode uint64 }
+
+func idOf(st *unix.Stat_t) fileID { return fileID{uint64(st.Dev), st.Ino} }
+
+// fileLocks keep apart those who write to one file, or make directories in one.
+type fileLocks struct {
+	mu    sync.Mutex // protects what follows
+	users map[fileID]*fileLock
+}
+
+type fileLock struct {
+	held  chan struct{} // of one place
+	users int           // who have it or wait for it
+}
+
+// lock waits for a file's lock, but not for ever.
+func (l *fileLocks) lock(id fileID, patience time.Duration) (unlock func(), ok bool) {
+	l.mu.Lock()
+	lock := l.users[id]
+	if lock == nil {
+		lock = &fileLock{held: make(chan struct{}, 1)}
+		l.users[id] = lock
+	}
+	lock.users++
+	l.mu.Unlock()
+	leave := func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if lock.users--; lock.users == 0 {
+			delete(l.users, id)
+		}
+	}
+	if !enter(lock.held, nil, patience) {
+		leave()
+		return nil, false
+	}
+	return func() { <-lock.held; leave() }, true
+}
+
+var locks = &fileLocks{users: map[fileID]*fileLock{}}
+
+// accessList is the attribute that says who else may do what with a file. A new one has it from its directory's default.
+const accessList = "system.posix_acl_access"
 
 // resolvePath turns a client's path into an absolute one. An empty path means the default working directory; `~` the
 // home; an absolute path stays exactly as it was sent; a relative one starts at the home and may climb out of it.
@@ -207,11 +255,26 @@ func unleased(patience time.Duration, gone <-chan struct{}, open func() error) e
 	}
 }
 
+// shared says that others than its owner can make names in a directory.
+func shared(dirs *unix.Stat_t) bool { return dirs.Mode&0o022 != 0 }
+
 // foreign says that a name can be a hard link which was made by another one than the owner: where others may write, or in
-// a directory of somebody else's. A group that has its user's number is not others, but for root's.
+// a directory of somebody else's. Directories have one name.
 func foreign(dirs, st *unix.Stat_t) bool {
-	shared := dirs.Mode&0o002 != 0 || dirs.Mode&0o020 != 0 && (dirs.Uid == 0 || dirs.Gid != dirs.Uid)
-	return st.Nlink > 1 && (shared || dirs.Uid != 0 && st.Uid != dirs.Uid)
+	return st.Mode&unix.S_IFMT != unix.S_IFDIR && st.Nlink > 1 && (shared(dirs) || dirs.Uid != 0 && st.Uid != dirs.Uid)
+}
+
+// kernels are the file systems in which the kernel shows itself. It asks there for other rights than those that actAs takes away.
+var kernels = []int64{unix.PROC_SUPER_MAGIC, unix.SYSFS_MAGIC, unix.CGROUP_SUPER_MAGIC, unix.CGROUP2_SUPER_MAGIC, unix.DEBUGFS_MAGIC,
+	unix.TRACEFS_MAGIC, unix.SECURITYFS_MAGIC, configfsMagic, unix.BPF_FS_MAGIC, unix.PSTOREFS_MAGIC, unix.EFIVARFS_MAGIC, fusectlMagic,
+	unix.BINFMTFS_MAGIC, unix.RDTGROUP_SUPER_MAGIC, unix.NSFS_MAGIC, unix.SELINUX_MAGIC, unix.SMACK_MAGIC, unix.AAFS_MAGIC, unix.XENFS_SUPER_MAGIC}
+
+const configfsMagic, fusectlMagic = 0x62656570, 0x65735543
+
+// isKernels tells it of what is open; of what does not tell, yes.
+func isKernels(fd int) bool {
+	var fs unix.Statfs_t
+	return unix.Fstatfs(fd, &fs) != nil || slices.Contains(kernels, int64(fs.Type))
 }
 
 // openFd opens what has the name, without following a link and without waiting for anything; st is of what was opened then.
@@ -228,6 +291,8 @@ func (p *place) openFd(flags int, mode uint32) (fd int, err error) {
 		err = unix.Fstat(fd, &p.st)
 		if err == nil && existed && (p.as == nil && foreign(&p.dirs, &p.st) || p.kind() != unix.S_IFREG) {
 			err = unix.EPERM
+		} else if err == nil && p.as != nil && isKernels(fd) { // mounted over a file
+			err = errKernelFile
 		}
 		if err != nil {
 			unix.Close(fd)
@@ -311,27 +376,37 @@ func (w *walk) begin(at int, base, path string) (*place, error) {
 	if len(w.path)+len(path) >= unix.PathMax || strings.Count(path, "/") > maxDepth {
 		return nil, &os.PathError{Op: "open", Path: w.path, Err: unix.ENAMETOOLONG}
 	}
-	flags, err := unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, error(unix.ENOTSUP)
+	const flags = unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC
+	err := error(unix.ENOTSUP)
 	if i := strings.LastIndexByte(path, '/'); i > 0 && !strings.Contains(path, "..") {
 		// The usual case in one call (Linux 5.6): everything above the last name is there, and no link.
 		err = w.do(func() (err error) {
-			how := &unix.OpenHow{Flags: uint64(flags), Resolve: unix.RESOLVE_NO_SYMLINKS}
+			how := &unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_NO_SYMLINKS}
 			w.dir, err = unix.Openat2(at, base+"/"+path[:i], how)
 			return err
 		})
 		if err == nil {
-			w.path, path = filepath.Join(w.path, path[:i]), path[i+1:]
+			if err = unix.Fstat(w.dir, &w.dirs); err == nil && isFresh(&w.dirs) {
+				err = unix.EAGAIN // awaitMade
+			}
+			if err != nil {
+				unix.Close(w.dir)
+			} else {
+				w.path, path = filepath.Join(w.path, path[:i]), path[i+1:]
+			}
 		}
 	}
 	if err != nil {
-		w.dir, err = unix.Openat(at, base, flags, 0)
+		if w.dir, err = unix.Openat(at, base, flags, 0); err != nil {
+			return nil, &os.PathError{Op: "open", Path: w.path, Err: err}
+		}
+		err = unix.Fstat(w.dir, &w.dirs)
 	}
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: w.path, Err: err}
-	}
-	w.rest = strings.Split(path, "/")
-	if err = unix.Fstat(w.dir, &w.dirs); err == nil {
+	if w.rest = strings.Split(path, "/"); err == nil {
 		err = w.do(w.run)
+	}
+	if err == nil && w.as != nil && isKernels(w.dir) {
+		err = &os.PathError{Op: "open", Path: w.path, Err: errKernelFile}
 	}
 	if err != nil {
 		w.close()
@@ -376,7 +451,7 @@ func (w *walk) run() error {
 		}
 		var st unix.Stat_t
 		if err == nil {
-			if err = unix.Fstat(fd, &st); err != nil {
+			if err = cmp.Or(unix.Fstat(fd, &st), w.awaitMade(fd, &st)); err != nil {
 				unix.Close(fd)
 			}
 		}
@@ -474,31 +549,90 @@ func (w *walk) followLink(fd int, st *unix.Stat_t, at string) (became bool, err 
 	return became, nil
 }
 
-// mkdir makes a directory, mode 0755, and opens it. Whoever may write to the directory above can put another one in its
-// place at any time; only the new one, known by a mode that nobody else gives, changes hands.
+// fresh is the mode of a directory between mkdir(2) and the moment when its new owner gets it.
+const fresh = unix.S_ISVTX | 0o700
+
+// isFresh says that a directory may be one that this daemon is making, with whichever power.
+func isFresh(st *unix.Stat_t) bool { return st.Mode&(unix.S_IFMT|0o1777) == unix.S_IFDIR|fresh }
+
+// awaitMade waits until a directory that may be in the making belongs to whom it is made for.
+func (w *walk) awaitMade(fd int, st *unix.Stat_t) error {
+	if !isFresh(st) {
+		return nil
+	}
+	unlock, ok := locks.lock(idOf(&w.dirs), 2*patience)
+	if !ok {
+		return errFilesHang
+	}
+	unlock()
+	return unix.Fstat(fd, st)
+}
+
+// mkdir makes a directory, mode 0755, and opens it. The lock is of the directory above: no other walk enters the new one
+// before it is handed over.
 func (w *walk) mkdir(name string) (fd int, made bool, err error) {
-	const fresh = unix.S_ISVTX | 0o700
-	if err := unix.Mkdirat(w.dir, name, fresh); err != nil && err != unix.EEXIST {
+	if w.as != nil && isKernels(w.dir) {
+		return -1, false, errKernelFile
+	}
+	unlock, ok := locks.lock(idOf(&w.dirs), 2*patience)
+	if !ok {
+		return -1, false, errFilesHang
+	}
+	defer unlock()
+	err = unix.Mkdirat(w.dir, name, fresh)
+	made = err == nil
+	if err != nil && err != unix.EEXIST {
 		return -1, false, err
 	}
 	fd, err = unix.Openat(w.dir, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err == unix.ENOTDIR {
 		err = unix.EEXIST
 	}
-	var st unix.Stat_t
-	if err != nil || unix.Fstat(fd, &st) != nil || st.Mode&0o1777 != fresh || int(st.Uid) != w.uid() {
+	if err != nil || !made {
 		return fd, false, err
 	}
-	err = chown(fd, &st, w.as, *w.mkdirs)
-	if err == nil {
-		err = actAs(nil, func() error { return unix.Fchmod(fd, st.Mode&unix.S_ISGID|0o755) })
-	}
-	if err != nil {
+	if made, err = w.handOver(fd); err != nil {
 		unix.Close(fd)
 		unix.Unlinkat(w.dir, name, unix.AT_REMOVEDIR)
 		return -1, false, os.NewSyscallError("chown", err)
 	}
-	return fd, true, nil
+	return fd, made, nil
+}
+
+// handOver gives a new directory to whom it is made for. Whoever may write to the directory above can put another one in its
+// place at any time, with links to what is not his. So only one with its mode and owner changes hands, and it must be empty
+// when nobody but root can put anything into it any more.
+func (w *walk) handOver(fd int) (made bool, err error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || !isFresh(&st) || int(st.Uid) != w.uid() {
+		return false, err
+	}
+	err = actAs(nil, func() error {
+		now := st
+		if w.as != nil && st.Uid != w.mkdirs.uid {
+			now.Uid, now.Gid = 0, 0
+			if err := cmp.Or(unix.Fchown(fd, 0, 0), unix.Fchmod(fd, fresh)); err != nil {
+				return err
+			}
+		}
+		to, mode := *w.mkdirs, st.Mode&unix.S_ISGID|0o755
+		if made = isEmpty(fd); !made {
+			to, mode = account{uid: st.Uid, gid: st.Gid}, st.Mode&0o7777
+		}
+		return cmp.Or(chown(fd, &now, nil, to), unix.Fchmod(fd, mode))
+	})
+	return made && err == nil, err
+}
+
+// isEmpty looks into an open directory that nothing has been read of yet.
+func isEmpty(dir int) bool {
+	entries := make([]byte, 4096) // more than . and .. take
+	n, err := unix.Getdents(dir, entries)
+	if err != nil {
+		return false
+	}
+	_, _, names := unix.ParseDirent(entries[:n], -1, nil)
+	return len(names) == 0
 }
 
 func (p *place) uid() int {
@@ -524,15 +658,25 @@ func chown(fd int, st *unix.Stat_t, as *account, to account) error {
 
 const metadataPrefix = "user.e2b."
 
-// xattrs reads the extended attributes that keep accepts; list and get are the f or l variants of the system calls.
+// attributeBytes is what is read of a file's attributes: the list of their names and the values that are kept. Some file
+// systems hold any number of them.
+const attributeBytes = 64 << 10
+
+// xattrs reads the extended attributes that keep accepts; list and get are the f or l variants of the system calls. What
+// would be more than attributeBytes is left out.
 func xattrs(list func([]byte) (int, error), get func(string, []byte) (int, error), keep func(string) bool) map[string]string {
+	room := attributeBytes
 	read := func(call func([]byte) (int, error)) ([]byte, error) {
 		n, err := call(nil)
+		if err == nil && n > room {
+			err = unix.E2BIG
+		}
 		if err != nil || n == 0 {
 			return nil, err
 		}
-		text := make([]byte, n+256) // more may come in between
+		text := make([]byte, min(n+256, room)) // more may come in between
 		n, err = call(text)
+		room -= max(n, 0)
 		return text[:max(n, 0)], err
 	}
 	names, _ := read(list)

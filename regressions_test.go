@@ -493,7 +493,7 @@ func TestMuchMetadata(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	link(400)
+	link(1600) // of each 64 KiB are told
 	waitFor(t, 10*time.Second, "the events", func() bool {
 		events, err := d.filesystem().GetWatcherEvents(t.Context(), connect.NewRequest(&pb.GetWatcherEventsRequest{WatcherId: id.Msg.GetWatcherId()}))
 		return err == nil && len(events.Msg.GetEvents()) > 0
@@ -502,7 +502,7 @@ func TestMuchMetadata(t *testing.T) {
 		t.Errorf("ListDir: %v", err)
 	}
 	// So is one of directories with two entries each.
-	for i := range 200 {
+	for i := range 800 {
 		sub := fmt.Sprintf("%s/sub/%d", dir, i)
 		err := os.MkdirAll(sub, 0o755)
 		for _, name := range []string{"/a", "/b"} {
@@ -525,7 +525,7 @@ func TestMuchMetadata(t *testing.T) {
 	for ; err == nil; n++ {
 		_, err = r.Next()
 	}
-	if err != io.EOF || n != 402 {
+	if err != io.EOF || n != 1602 {
 		t.Errorf("%d entries, %v", n, err)
 	}
 }

@@ -3,7 +3,8 @@
 // It stays as it was until its new content is complete. Up to wholeUpload bytes are read first and written in place, where
 // inode, links and watchers see what they always saw: room is made (fallocate, which leaves the size: a write that fails at once has
 // changed nothing), then written, then cut to length. More goes to a hidden file beside the target, which takes on its mode, owner
-// and attributes and then its name. Neither touches the content before owner and metadata are set.
+// and attributes and then its name. Neither touches the content before owner and metadata are set. No upload leaves a set-ID
+// bit, and none puts an owner or a mode back.
 
 package main
 
@@ -15,7 +16,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"log/slog"
 	"mime"
@@ -33,9 +33,8 @@ import (
 )
 
 const (
-	wholeUpload  = 1 << 20  // bytes of an upload that are read before its target is touched
-	wholeUploads = 16 << 20 // and of all of them together
-	partBuffer   = 64 << 10
+	wholeUpload = 1 << 20 // bytes of an upload that are read before its target is touched
+	partBuffer  = 64 << 10
 )
 
 // written is what the answer to an upload says of one file.
@@ -50,6 +49,7 @@ type written struct {
 type uploadRequest struct {
 	*fileService
 	turn
+	memory   *grant // of content that is kept before its target is touched
 	user     account
 	query    url.Values
 	metadata map[string]string // attribute names and values
@@ -60,6 +60,8 @@ type uploadRequest struct {
 
 func (s *fileService) upload(w http.ResponseWriter, r *http.Request) {
 	u := &uploadRequest{fileService: s, turn: turn{ctx: r.Context()}, query: r.URL.Query(), files: []written{}}
+	u.memory = s.budget.grant(forFiles)
+	defer u.memory.close()
 	defer u.giveUp()
 	err := u.receive(r)
 	s.answer(w, u.files, err)
@@ -140,6 +142,8 @@ func (u *uploadRequest) receive(r *http.Request) error {
 			u.body = bufio.NewReaderSize(u.body, partBuffer) // the multipart reader takes 4 KiB at a time, and each costs a turn
 		}
 		return u.receiveParts(multipart.NewReader(u.body, params["boundary"]))
+	case archive && u.mayArchive(r) != nil:
+		return u.mayArchive(r)
 	case (raw || archive) && !u.query.Has("path"):
 		return badRequest("path query parameter is required for raw body upload")
 	case raw:
@@ -209,9 +213,9 @@ func (u *uploadRequest) receiveFile(path string, body io.Reader) error {
 	}
 	metadata, err := u.put(path, body)
 	if isFull(err) && u.length > 0 {
-		return httpErrorf(http.StatusInsufficientStorage, "attempted to write %d bytes: not enough disk space available", u.length)
+		return diskFull(err, "attempted to write %d bytes: "+textDiskFull, u.length)
 	} else if isFull(err) {
-		return errDiskFull
+		return diskFull(err, textDiskFull)
 	} else if err != nil {
 		return err
 	}
@@ -222,14 +226,16 @@ func (u *uploadRequest) receiveFile(path string, body io.Reader) error {
 // ---- replacing a file ----------------------------------------------------------------------------------------------
 
 var (
-	errNotInPlace = errors.New("no fallocate here") // the filesystem cannot make room for content beforehand
-	errDiskFull   = httpErrorf(http.StatusInsufficientStorage, "not enough disk space available")
+	errNotInPlace  = errors.New("no fallocate here") // the filesystem cannot make room for content beforehand
+	errNotByRename = errors.New("the file cannot be replaced")
 )
+
+const textDiskFull = "not enough disk space available"
 
 // put makes what a reader gives the content of a file and answers the file's metadata, as it is on disk then.
 func (u *uploadRequest) put(path string, body io.Reader) (map[string]string, error) {
 	content, whole, err := u.readWhole(body)
-	defer func() { u.held.Add(-int64(cap(content))) }()
+	defer func() { u.memory.give(int64(cap(content))) }()
 	if err != nil {
 		return nil, fmt.Errorf("error writing file: %w", err)
 	}
@@ -249,7 +255,7 @@ func (u *uploadRequest) put(path string, body io.Reader) (map[string]string, err
 			err = r.beside(func(f *os.File) error {
 				_, err := f.Write(content)
 				if err == nil && !whole {
-					u.held.Add(-int64(cap(content)))
+					u.memory.give(int64(cap(content)))
 					content = nil
 					err = copyAll(u.ctx, f, body)
 				}
@@ -264,15 +270,14 @@ func (u *uploadRequest) put(path string, body io.Reader) (map[string]string, err
 	}
 }
 
-// readWhole reads a body into memory, as far as it and all others may be there. What it gives counts in held.
+// readWhole reads a body into memory, as far as there is some for it. What it gives is taken from the request's grant.
 func (u *uploadRequest) readWhole(body io.Reader) (content []byte, whole bool, err error) {
 	size := 8 << 10
 	if 0 < u.length && u.length < int64(size) {
 		size = int(u.length) + 1
 	}
 	for ; ; size = min(cap(content)*2, wholeUpload+1) {
-		if grown := int64(size - cap(content)); grown == 0 || u.held.Add(grown) > wholeUploads {
-			u.held.Add(-grown)
+		if grown := int64(size - cap(content)); grown == 0 || u.memory.tryTake(grown) != nil {
 			return content, false, nil
 		}
 		content = append(make([]byte, 0, size), content...)
@@ -319,48 +324,55 @@ type replacement struct {
 	forced   bool               // in place, even where no room can be made beforehand
 }
 
-// writing keeps those apart who write in place: a lock for each name, which many names share.
-var writing = func() (locks [256]chan struct{}) {
-	for i := range locks {
-		locks[i] = make(chan struct{}, 1)
-	}
-	return locks
-}()
-
 // inPlace writes n bytes over what is there, or into a new file. It does not wait for ever for another one who does.
+//
+// The order is what keeps a failure from leaving power: of all that is done before the content only attributes are undone.
+// Who has had the file open, mapped even, can write a program into it at any time, so an owner or a mode that were put
+// back might meet what another upload, or another one's chmod(2), has made of it meanwhile.
 func (r *replacement) inPlace(content io.Reader, n int64) error {
-	lock := writing[(uint64(crc32.ChecksumIEEE([]byte(r.name)))+r.dirs.Ino)%uint64(len(writing))]
-	if enter(lock, nil, 2*patience) {
-		defer func() { <-lock }()
-	} else if r.forced {
-		return httpErrorf(http.StatusServiceUnavailable, "path '%s' is being written", r.path)
-	} else {
-		return errNotInPlace
-	}
 	flags, existed := os.O_WRONLY, r.exists()
 	if !existed {
 		flags |= os.O_CREATE | os.O_EXCL
 	}
 	fd, err := r.openFd(flags, 0o666)
-	if err != nil {
+	if errors.Is(err, unix.ETXTBSY) && !r.forced {
+		return errNotInPlace
+	} else if err != nil {
 		return openError(err)
 	}
 	defer unix.Close(fd)
-	size := r.st.Size
-	undo, err := r.dressed(fd, &r.st)
-	if err == nil && existed && n > 0 {
-		err = retry(func() error { return unix.Fallocate(fd, unix.FALLOC_FL_KEEP_SIZE, 0, n) }) // tmpfs breaks off for any signal
-		if err == unix.EOPNOTSUPP || err == unix.ENOSYS {
-			if err = nil; !r.forced {
-				err = errNotInPlace
-			}
-		} else if err != nil {
-			unix.Ftruncate(fd, size)
-		}
+	unlock, ok := locks.lock(idOf(&r.st), 2*patience)
+	if !ok && r.forced {
+		return httpErrorf(http.StatusServiceUnavailable, "path '%s' is being written", r.path)
+	} else if !ok {
+		return errNotInPlace
+	}
+	defer unlock()
+	if err = unix.Fstat(fd, &r.st); err != nil {
+		err = openError(err)
+	} else {
+		existed = existed || r.st.Size > 0 // by now
+		err = r.overwrite(fd, existed, content, n)
+	}
+	if err != nil && !existed {
+		r.unlink()
+	}
+	return err
+}
+
+// overwrite takes the steps on the open file, which is locked.
+func (r *replacement) overwrite(fd int, existed bool, content io.Reader, n int64) error {
+	undo, err := r.withMetadata(fd)
+	if err == nil && existed {
+		err = r.makeRoom(fd, n)
+	}
+	var left string
+	if err == nil {
+		left, err = give(fd, r.as, r.owner)
 	}
 	var wrote int64
 	if err == nil {
-		if wrote, err = io.Copy(fdWriter(fd), content); err == nil && n < size {
+		if wrote, err = io.Copy(fdWriter(fd), content); err == nil && n < r.st.Size {
 			err = unix.Ftruncate(fd, n)
 		}
 		if err == nil {
@@ -368,13 +380,77 @@ func (r *replacement) inPlace(content io.Reader, n int64) error {
 		}
 		err = fmt.Errorf("error writing file: %w", err)
 	}
-	if wrote == 0 { // else the old content is gone
+	if wrote > 0 {
+		left += fmt.Sprintf("; %d bytes of the new content are written over the old", wrote)
+	} else {
 		undo()
 	}
-	if !existed {
-		r.unlink()
+	if !existed || left == "" {
+		return err
 	}
-	return err
+	return &failedUpload{err, left}
+}
+
+// failedUpload is an error with what is left of an upload that failed: what could not be put back.
+type failedUpload struct {
+	error
+	left string
+}
+
+func (e *failedUpload) Error() string { return e.error.Error() + e.left }
+func (e *failedUpload) Unwrap() error { return e.error }
+
+// diskFull is the error for the client, and still says what is left.
+func diskFull(err error, format string, args ...any) error {
+	if failed, ok := errors.AsType[*failedUpload](err); ok {
+		format, args = format+"%s", append(args, failed.left)
+	}
+	return httpErrorf(http.StatusInsufficientStorage, format, args...)
+}
+
+// makeRoom reserves what n bytes need, and leaves the size as it is.
+func (r *replacement) makeRoom(fd int, n int64) error {
+	if n == 0 {
+		return nil
+	}
+	err := retry(func() error { return unix.Fallocate(fd, unix.FALLOC_FL_KEEP_SIZE, 0, n) }) // tmpfs breaks off for any signal
+	switch {
+	case err == nil:
+		return nil
+	case err != unix.EOPNOTSUPP && err != unix.ENOSYS:
+		unix.Ftruncate(fd, r.st.Size) // what there was of it goes
+		return err
+	case r.forced || isKernels(fd):
+		return nil
+	}
+	return errNotInPlace
+}
+
+const setIDs = unix.S_ISUID | unix.S_ISGID
+
+// give makes an open file an account's, for good. Its set-ID bits go before it changes hands, and once more after: its old
+// owner may have set them again meanwhile. It says what it has changed.
+func give(fd int, as *account, to account) (done string, err error) {
+	for range 2 {
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil {
+			return done, os.NewSyscallError("fstat", err)
+		}
+		if st.Mode&setIDs != 0 {
+			if err := unix.Fchmod(fd, st.Mode&0o7777&^setIDs); err != nil {
+				return done, fmt.Errorf("error clearing set-ID bits: %w", err)
+			}
+			done += "; it has lost its set-ID bits"
+		}
+		if st.Uid == to.uid && st.Gid == to.gid {
+			return done, nil
+		}
+		if err := chown(fd, &st, as, to); err != nil {
+			return done, fmt.Errorf("error changing file ownership: %w", err)
+		}
+		done += fmt.Sprintf("; its owner is %d:%d now", to.uid, to.gid)
+	}
+	return done, nil
 }
 
 func openError(err error) error {
@@ -395,23 +471,13 @@ func (fd fdWriter) Write(p []byte) (done int, err error) {
 	return done, err
 }
 
-// dressed gives an open file its owner and metadata. What it did can be undone.
-func (r *replacement) dressed(fd int, st *unix.Stat_t) (undo func(), err error) {
-	if r.dress != nil {
-		return func() {}, r.dress(fd)
-	}
-	if err := chown(fd, st, r.as, r.owner); err != nil {
-		return func() {}, fmt.Errorf("error changing file ownership: %w", err)
+// withMetadata gives an open file its metadata, which can be undone.
+func (r *replacement) withMetadata(fd int) (undo func(), err error) {
+	if r.metadata == nil {
+		return func() {}, nil
 	}
 	old := fileXattrs(fd, isMetadata)
-	undo = func() {
-		setXattrs(fd, old, r.metadata)
-		chown(fd, &unix.Stat_t{Uid: r.owner.uid, Gid: r.owner.gid}, nil, account{uid: st.Uid, gid: st.Gid})
-		unix.Fchmod(fd, st.Mode&0o7777) // a change of owner takes the special bits away
-	}
-	if r.metadata == nil {
-		return undo, nil
-	}
+	undo = func() { setXattrs(fd, old, r.metadata) }
 	if err = setXattrs(fd, r.metadata, old); err != nil && isFull(err) {
 		err = httpErrorf(http.StatusInsufficientStorage, "not enough space for file metadata: %v", err)
 	} else if err == unix.EOPNOTSUPP {
@@ -461,26 +527,11 @@ func (r *replacement) beside(fill func(f *os.File) error) error {
 		return fmt.Errorf("error writing file: %w", err)
 	}
 	if r.st.Nlink <= 1 {
-		if r.exists() {
-			err = r.copyAttributes(int(f.Fd()))
-		}
-		if err == nil {
-			_, err = r.dressed(int(f.Fd()), &temp.st)
-		}
-		if err == nil && r.exists() {
-			err = unix.Fchmod(int(f.Fd()), r.st.Mode&0o777)
-		}
-		if err != nil {
+		if err := r.replaceBy(temp, int(f.Fd())); err != errNotByRename {
 			return err
 		}
-		err = r.do(func() error { return unix.Renameat(temp.dir, temp.name, r.dir, r.name) })
-		if err == nil {
-			return nil
-		} else if !r.exists() || isFull(err) {
-			return &os.PathError{Op: "rename", Path: r.path, Err: err}
-		}
 	}
-	// The target cannot be replaced: hard links, a mount on it, a sticky directory.
+	// The target cannot be replaced: hard links, a mount on it, a sticky directory, more attributes than are copied.
 	n, err := f.Seek(0, io.SeekCurrent)
 	if err != nil {
 		return os.NewSyscallError("lseek", err)
@@ -489,10 +540,44 @@ func (r *replacement) beside(fill func(f *os.File) error) error {
 	return r.inPlace(io.NewSectionReader(f, 0, n), n)
 }
 
-// copyAttributes gives a new file the old one's access list, security labels and attributes.
+// replaceBy makes a complete file all that the target is to be, but never set-ID, and gives it the target's name.
+func (r *replacement) replaceBy(temp *place, fd int) error {
+	switch {
+	case r.dress != nil:
+		if err := r.dress(fd); err != nil {
+			return err
+		}
+	case r.exists():
+		if err := r.copyAttributes(fd); err != nil {
+			return err
+		}
+	}
+	if r.dress == nil {
+		_, err := r.withMetadata(fd)
+		if err == nil {
+			_, err = give(fd, r.as, r.owner)
+		}
+		if err == nil && r.exists() {
+			err = unix.Fchmod(fd, r.st.Mode&0o777)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	err := r.do(func() error { return unix.Renameat(temp.dir, temp.name, r.dir, r.name) })
+	switch {
+	case err == nil:
+		return nil
+	case !r.exists() || isFull(err):
+		return &os.PathError{Op: "rename", Path: r.path, Err: err}
+	}
+	return errNotByRename
+}
+
+// copyAttributes gives a new file the old one's access list, security labels and attributes. It would rather have the old
+// file written in place than lose some.
 func (r *replacement) copyAttributes(fd int) error {
-	const acl = "system.posix_acl_access"
-	unix.Fremovexattr(fd, acl) // a directory's default one is for files that are new
+	unix.Fremovexattr(fd, accessList) // a directory's default one is for files that are new
 	f, err := r.open(os.O_RDONLY, 0)
 	if slices.ContainsFunc([]error{os.ErrPermission, errLeased, os.ErrNotExist, unix.ELOOP}, func(e error) bool { return errors.Is(err, e) }) {
 		return nil // not for the link's owner to know, held by somebody, or gone by now
@@ -500,10 +585,20 @@ func (r *replacement) copyAttributes(fd int) error {
 		return openError(err)
 	}
 	defer f.Close()
-	for name, value := range fileXattrs(int(f.Fd()), func(name string) bool {
-		return name == acl || strings.HasPrefix(name, "user.") || strings.HasPrefix(name, "security.") && name != "security.capability"
-	}) {
-		if err := unix.Fsetxattr(fd, name, []byte(value), 0); err != nil && (isFull(err) || name == acl) {
+	wanted := 0
+	found := fileXattrs(int(f.Fd()), func(name string) bool {
+		copied := name == accessList || strings.HasPrefix(name, "user.") ||
+			strings.HasPrefix(name, "security.") && name != "security.capability"
+		if copied {
+			wanted++
+		}
+		return copied
+	})
+	if names, _ := unix.Flistxattr(int(f.Fd()), nil); len(found) < wanted || names > attributeBytes {
+		return errNotByRename
+	}
+	for name, value := range found {
+		if err := unix.Fsetxattr(fd, name, []byte(value), 0); err != nil && (isFull(err) || name == accessList) {
 			return os.NewSyscallError("fsetxattr", err)
 		}
 	}
@@ -532,7 +627,7 @@ func (s *fileService) compose(w http.ResponseWriter, r *http.Request) {
 			turn.giveUp()
 		}
 		if isFull(err) {
-			err = errDiskFull
+			err = diskFull(err, textDiskFull)
 		}
 	}
 	s.answer(w, written{Path: req.Destination, Name: filepath.Base(req.Destination), Type: "file"}, err)

@@ -76,7 +76,7 @@ func (db *userDB) now() *users {
 	})
 	err = cmp.Or(err, readDatabase("/etc/passwd", 7, func(f []string) {
 		a := account{name: f[0], uid: number(f[2]), gid: number(f[3]), home: f[5]}
-		a.groups = append(members[a.name], a.gid)
+		a.groups = append(slices.Clone(members[a.name]), a.gid) // the name may be there twice
 		slices.Sort(a.groups)
 		a.groups = slices.Compact(a.groups)
 		u.accounts[a.name], u.names[a.uid] = a, a.name
@@ -102,6 +102,15 @@ func (db *userDB) now() *users {
 	return u
 }
 
+// noID is what setresuid(2), chown(2) and their like take for "as it is": who had it would be whoever envd is.
+const noID = 1<<32 - 1
+
+// isID says whether a text is the number of a user or a group.
+func isID(text string) bool {
+	n, err := strconv.ParseUint(text, 10, 32)
+	return err == nil && n != noID
+}
+
 // number reads an id that readDatabase has checked.
 func number(text string) uint32 {
 	n, _ := strconv.ParseUint(text, 10, 32)
@@ -119,10 +128,8 @@ func readDatabase(path string, fields int, line func([]string)) error {
 		if len(f) < fields || f[0] == "" || f[0][0] == '#' {
 			continue
 		}
-		if _, err := strconv.ParseUint(f[2], 10, 32); err == nil {
-			if _, err := strconv.ParseUint(f[3], 10, 32); err == nil || fields == 4 {
-				line(f)
-			}
+		if isID(f[2]) && (fields == 4 || isID(f[3])) {
+			line(f)
 		}
 	}
 	return err
