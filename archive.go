@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -126,12 +125,8 @@ func (t *tarSender) sendEntry(dir *os.File, name, path string, depth int) error 
 	}
 	defer f.Close()
 	h.PAXRecords = map[string]string{}
-	attributes, room := fileXattrs(int(f.Fd()), isUserXattr), 960<<10 // archive/tar makes headers of a MiB at most
-	for _, name := range slices.Sorted(maps.Keys(attributes)) {
-		record := tarXattr + tarEscape.Replace(name)
-		if room -= len(record) + len(attributes[name]) + 16; room >= 0 {
-			h.PAXRecords[record] = attributes[name]
-		}
+	for name, value := range fileXattrs(int(f.Fd()), isUserXattr) {
+		h.PAXRecords[tarXattr+tarEscape.Replace(name)] = value
 	}
 	if err = t.WriteHeader(h); err != nil {
 		return err

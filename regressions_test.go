@@ -487,7 +487,7 @@ func muchMetadata(t *testing.T) (dir string, link func(n int)) {
 
 func TestMuchMetadata(t *testing.T) {
 	t.Parallel()
-	d := startDaemon(t)
+	d := startDaemon(t, "--memory-limit", "128MiB")
 	dir, link := muchMetadata(t)
 	id, err := d.filesystem().CreateWatcher(t.Context(), connect.NewRequest(&pb.CreateWatcherRequest{Path: dir, IncludeEntry: true}))
 	if err != nil {
@@ -515,7 +515,7 @@ func TestMuchMetadata(t *testing.T) {
 	if _, err := d.filesystem().ListDir(t.Context(), connect.NewRequest(&pb.ListDirRequest{Path: dir + "/sub", Depth: 2})); connect.CodeOf(err) != connect.CodeResourceExhausted {
 		t.Errorf("ListDir of many directories: %v", err)
 	}
-	if peak := d.peakRSS(); peak > 400<<20 && !raceEnabled() {
+	if peak := d.peakRSS(); peak > 176<<20 && !raceEnabled() {
 		t.Errorf("peak RSS %d MiB", peak>>20)
 	}
 	os.RemoveAll(dir + "/sub")
