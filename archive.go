@@ -279,7 +279,7 @@ func (x *unpacker) unpack(h *tar.Header, name string, content io.Reader) error {
 	}
 	at.st = unix.Stat_t{} // the name is replaced: nothing of what has it now matters
 	r := &replacement{place: at, dress: func(fd int) error { return x.dress(fd, h) }}
-	return r.beside(func(f *os.File) error { return copyAll(f, content) })
+	return r.beside(func(f storing) error { return copyAll(f, content) })
 }
 
 // replaceLink makes a link of either kind under a hidden name and gives it its own.
