@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -277,8 +278,15 @@ func stoppedTerminal(t *testing.T) *os.File {
 func logMuch(t *testing.T, d *daemon, lines int) {
 	t.Helper()
 	for n := range lines {
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		body := fmt.Sprintf(`{"hyperloopIP":"-%d-%s"}`, n, strings.Repeat("x", 1000))
-		if got := d.request(t, "POST", "/init", body); got.status != http.StatusNoContent {
+		request, err := http.NewRequestWithContext(ctx, "POST", d.url+"/init", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := d.do(t, request)
+		cancel()
+		if got.status != http.StatusNoContent {
 			t.Fatalf("/init %d: %d %s", n, got.status, got.body)
 		}
 	}

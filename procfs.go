@@ -76,6 +76,8 @@ type memoryGate struct {
 	until   time.Time  // when that look is due in any case
 }
 
+const gatePeriod = time.Second / 10 // of time, after which the memory is looked at again
+
 // memoryForContent is the one gate of the daemon.
 var memoryForContent memoryGate
 
@@ -100,7 +102,7 @@ func (g *memoryGate) admits(fd int, bytes int64) bool {
 		if total > 0 && available < g.reserve+wanted {
 			return false
 		}
-		g.passes, g.until = max((available-g.reserve)/4, wanted), now.Add(time.Second/10)
+		g.passes, g.until = max(min((available-g.reserve)/4, 16<<20), wanted), now.Add(gatePeriod)
 	}
 	g.passes -= wanted
 	return true
