@@ -3,10 +3,10 @@
 //
 // In a guest the lines also go to the collector that the metadata name, one POST each, with the sandbox's ids in them.
 //
-// Rule: whoever logs never waits, neither for the collector nor for stdout, which may be a pipe that nobody reads, a stopped
-// terminal or a frozen file. Lines wait in bounded buffers, from which the oldest are dropped. Those that never came to stdout
-// are counted there once it takes lines again; what a POST does not deliver is lost. At rest there is no goroutine and no
-// connection.
+// Rule: whoever logs never waits, neither for the collector nor for stdout, which may be a pipe that nobody reads, a
+// stopped terminal or a frozen file. Lines wait in bounded buffers, from which the oldest are dropped. Those that never came
+// to stdout are counted there once it takes lines again; what a POST does not deliver is lost. At rest there is no goroutine
+// and no connection.
 
 package main
 
@@ -57,13 +57,13 @@ func newLogHandler(out io.Writer, text bool, level slog.Level) slog.Handler {
 }
 
 const (
-	logLineLimit = 192 << 10 // bytes; longer lines are not exported
-	logBuffer    = 1 << 20   // bytes of lines that wait for the collector
-	stdoutBuffer = 256 << 10 // and for stdout
-	stdoutAtExit = 200 * time.Millisecond
+	logLineLimit = 192 << 10              // bytes; longer lines are not exported
+	logBuffer    = 1 << 20                // bytes of lines that wait for the collector
+	stdoutBuffer = 256 << 10              // and for stdout
+	stdoutAtExit = 200 * time.Millisecond // for lines that wait when the daemon ends
 )
 
-// lineQueue hands lines on, in order, on a goroutine that is there only as long as lines wait. Who adds one does not wait.
+// lineQueue hands lines on, in order, on a goroutine that is there only as long as lines wait. Who adds one does not.
 type lineQueue struct {
 	mu      sync.Mutex // protects what follows, and what its owner says
 	lines   [][]byte
@@ -141,7 +141,7 @@ func (l *stdoutLog) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// print counts a line that cannot be written, as to a full disk, among those that were dropped.
+// print tells what was dropped before the line. It counts a line that cannot be written, as to a full disk, among those that were dropped.
 func (l *stdoutLog) print(line []byte, lost int) {
 	if lost > 0 {
 		notice := slog.NewRecord(time.Now(), slog.LevelWarn, fmt.Sprintf("%d lines dropped", lost), 0)

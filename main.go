@@ -262,7 +262,7 @@ func run(c *config) int {
 	if guest && os.Geteuid() == 0 && ownMachine() {
 		protectLinks()
 		raiseWatchLimits(totalMemory())
-		memoryForContent.keep(memoryReserve(totalMemory()))
+		memoryForContent.reserve.Store(memoryReserve(totalMemory()))
 		ticks = append(ticks, (&reclaimer{busy: life.preparing}).tick)
 	}
 	metrics.sample(time.Now())

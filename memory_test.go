@@ -1,5 +1,5 @@
-// The guest's last memory: content for file systems in memory is refused while little is available. That it helps is shown
-// in a virtual machine (vm/memory_test.go); here the kernel's figures are made up.
+// The guest's last memory: content for file systems in memory is refused while little is available. That it helps is shown in
+// a virtual machine (vm/memory_test.go); here the kernel's figures are made up.
 
 package main
 
@@ -35,7 +35,7 @@ func TestContentIsRefusedForWantOfMemory(t *testing.T) {
 	meminfo := writeFile(t, filepath.Join(publicDir(t), "meminfo"), "", 0o644)
 	available := func(mib int) {
 		t.Helper()
-		text := fmt.Sprintf("MemTotal: %d kB\nMemFree: 0 kB\nMemAvailable: %d kB\nCached: 0 kB\nSReclaimable: 0 kB\n", 32<<20, mib<<10)
+		text := fmt.Sprintf("MemTotal: %d kB\nMemAvailable: %d kB\nCached: 0 kB\n", 32<<20, mib<<10)
 		if err := os.WriteFile(meminfo, []byte(text), 0); err != nil { // in place: it is mounted
 			t.Fatal(err)
 		}
@@ -58,11 +58,13 @@ func TestContentIsRefusedForWantOfMemory(t *testing.T) {
 			return d.uploadForm(t, filesPath("path", dir+"/new"), formPart{field: "file", filename: "x", content: small})
 		},
 		"archive": func(dir string) httpReply {
-			return d.request(t, "POST", filesPath("path", dir), archive(t, tarEntry{name: "new", content: small}), "Content-Type", "application/x-tar")
+			content := archive(t, tarEntry{name: "new", content: small})
+			return d.request(t, "POST", filesPath("path", dir), content, "Content-Type", "application/x-tar")
 		},
 		"compose": func(dir string) httpReply {
 			writeFile(t, disk+"/piece", large, 0o644)
-			return d.request(t, "POST", "/files/compose", fmt.Sprintf(`{"source_paths":["%s/piece"],"destination":"%s/new"}`, disk, dir))
+			body := fmt.Sprintf(`{"source_paths":["%s/piece"],"destination":"%s/new"}`, disk, dir)
+			return d.request(t, "POST", "/files/compose", body)
 		},
 	}
 	for name, upload := range uploads {

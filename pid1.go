@@ -36,8 +36,8 @@ const termPatience = 5 * time.Second // between SIGTERM and SIGKILL
 
 // bootMounts in their order. A row whose directory has a mount is skipped: /dev is a tmpfs only without devtmpfs.
 //
-// share is the part of the memory, in per cent, that a file system in memory may have. Beyond it come inodes, one for each page,
-// so that only empty files meet that bound; each takes a KiB. All together stay under half of the memory.
+// share is the part of the memory, in per cent, that a file system in memory may have. Beyond it come inodes, one for each
+// page, so that only empty files meet that bound; each takes a KiB. All together stay under half of the memory.
 var bootMounts = []struct {
 	dir, fs, options string
 	flags            uintptr

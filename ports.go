@@ -2,8 +2,9 @@
 //
 // A scan asks the kernel for the listening TCP sockets: once a second by the shared tick, every 100 ms for 5 s after a process
 // was started. A port that listens on exactly 127.0.0.1 or ::1 gets a forwarder, which goes, and its connections with it,
-// when a scan no longer finds the port. No user but root gets more than a quarter of what there may be. Bytes are spliced, they never enter the daemon; the end of one direction is passed on
-// as such, and a reset as a reset. What cannot be bound, as where no interface has the address, is tried again within 10 s.
+// when a scan no longer finds the port. No user but root gets more than a quarter of the forwarders that there may be. Bytes
+// are spliced, they never enter the daemon; the end of one direction is passed on as such, and a reset as a reset. What cannot
+// be bound, as where no interface has the address, is tried again within 10 s.
 //
 // Sources: sock_diag(7), linux/inet_diag.h (a kernel without has /proc/net/tcp read, once a second), splice(2).
 

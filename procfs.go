@@ -1,4 +1,4 @@
-// What the kernel tells of itself and is told by files of /proc, and the part of the guest's memory that is not for clients.
+// What the kernel tells of itself in files of /proc, and the part of the guest's memory that is not for clients.
 //
 // Sources: proc_meminfo(5), statfs(2), Documentation/filesystems/tmpfs.rst.
 
@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -62,54 +63,52 @@ func totalMemory() uint64 {
 	return info.Totalram * uint64(info.Unit)
 }
 
-// memoryReserve is what of so many bytes of memory is left for the kernel and the agent: an eighth, at most 128 MiB, as with agents
-// of today; of a small guest's 56 MiB or a third. With 24 MiB of 192 the agent's own text was evicted, and it stood still for 26 s.
+// memoryReserve is what of so many bytes of memory is left for the kernel and the agent: an eighth, at most 128 MiB, as with
+// agents of today; of a small guest's 56 MiB or a third. With 24 MiB of 192 the agent's own text was evicted, and it stood
+// still for 26 s.
 func memoryReserve(memory uint64) uint64 { return max(min(memory/8, 128<<20), min(memory/3, 56<<20)) }
 
 // memoryGate keeps content that clients send from taking the reserve. What goes to a file system in memory is charged to the
 // agent's own group, which has no limit, and no OOM killer frees it again. Of a disk the kernel takes its cache back by
 // itself, so content for it passes. Processes have limits of their own (cgroup.go). The zero gate is open.
 type memoryGate struct {
-	mu      sync.Mutex // protects what follows
-	reserve uint64     // bytes that must stay available
-	passes  uint64     // bytes that may go through before the next look
-	until   time.Time  // when that look is due in any case
+	reserve atomic.Uint64 // bytes that must stay available
+
+	mu     sync.Mutex // protects what follows
+	passes uint64     // bytes that may go through before the next look at the memory
+	until  time.Time  // when that look is due in any case
 }
 
-const gatePeriod = time.Second / 10 // of time, after which the memory is looked at again
+const (
+	gatePeriod = time.Second / 10
+	gatePasses = 16 << 20 // bytes, at most
+)
 
 // memoryForContent is the one gate of the daemon.
 var memoryForContent memoryGate
 
-func (g *memoryGate) keep(reserve uint64) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.reserve = reserve
-}
-
-// admits tells whether so many bytes may be written to the file system of an open file. Of a large file they are pieces, so that
-// many who write at once share what there is.
+// admits tells whether so many bytes may be written to the file system of an open file. Of a large file they are pieces, so
+// that many who write at once share what there is.
 func (g *memoryGate) admits(fd int, bytes int64) bool {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.reserve == 0 || bytes <= 0 || !inMemory(fd) {
+	reserve, wanted := g.reserve.Load(), uint64(bytes)
+	if reserve == 0 || bytes <= 0 || !inMemory(fd) {
 		return true
 	}
-	wanted, now := uint64(bytes), time.Now()
-	if wanted > g.passes || now.After(g.until) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if now := time.Now(); wanted > g.passes || now.After(g.until) {
 		total, used, _ := readMemory()
-		available := total - used
-		if total > 0 && available < g.reserve+wanted {
+		if total > 0 && total-used < reserve+wanted {
 			return false
 		}
-		g.passes, g.until = max(min((available-g.reserve)/4, 16<<20), wanted), now.Add(gatePeriod)
+		g.passes, g.until = max(min((total-used-reserve)/4, gatePasses), wanted), now.Add(gatePeriod)
 	}
 	g.passes -= wanted
 	return true
 }
 
-// inMemory tells whether content of an open file's file system stays in memory for good. An overlay tells the size of its upper
-// layer, but not what that is: one that is no larger than the memory counts.
+// inMemory tells whether content of an open file's file system stays in memory for good. An overlay tells the size of its
+// upper layer, but not what that is: one that is no larger than the memory counts. A file system may make this hang.
 func inMemory(fd int) bool {
 	var fs unix.Statfs_t
 	if unix.Fstatfs(fd, &fs) != nil {

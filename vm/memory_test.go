@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// healthTimes asks for /health, over and over, on new connections; what it returns ends that and gives how long the
-// answers took.
+// healthTimes asks for /health, over and over, on new connections; what it returns ends that and gives how long the answers
+// took.
 func healthTimes(t *testing.T, g *guest) (stop func() []time.Duration) {
 	quit, done := make(chan struct{}), make(chan []time.Duration, 1)
 	client := &http.Client{Transport: &http.Transport{DialContext: g.network.dial, DisableKeepAlives: true}, Timeout: patience}
@@ -57,6 +57,12 @@ func percentile(times []time.Duration, percent int) time.Duration {
 	return times[min(len(times)*percent/100, len(times)-1)].Round(time.Microsecond)
 }
 
+func logTimes(t *testing.T, when string, times []time.Duration) {
+	t.Helper()
+	t.Logf("/health %s: %d answers, p50 %v, p99 %v, worst %v", when, len(times), percentile(times, 50), percentile(times, 99),
+		percentile(times, 100))
+}
+
 // mebibytes reads a figure of the guest's /proc/meminfo.
 func (g *guest) mebibytes(t *testing.T, field string) int {
 	t.Helper()
@@ -67,7 +73,7 @@ func (g *guest) mebibytes(t *testing.T, field string) int {
 func (g *guest) fillUp(t *testing.T, dir string, mebibytes int) (taken int, refusal error) {
 	t.Helper()
 	for n := 0; ; n++ {
-		err := g.upload(fmt.Sprintf("%s/filled%d", dir, n), make([]byte, mebibytes<<20))
+		err := g.upload(fmt.Sprintf("%s/%dx%d", dir, n, mebibytes), make([]byte, mebibytes<<20))
 		if err != nil {
 			if !strings.Contains(err.Error(), "507") {
 				t.Fatalf("upload to %s: %v", dir, g.explain(err))
@@ -89,22 +95,25 @@ func TestUploadsFillMemory(t *testing.T) {
 	stop := healthTimes(t, g)
 	time.Sleep(5 * time.Second)
 	rest := stop()
-	t.Logf("/health at rest: %d answers, p50 %v, p99 %v, worst %v", len(rest), percentile(rest, 50), percentile(rest, 99), percentile(rest, 100))
+	logTimes(t, "at rest", rest)
 	stop = healthTimes(t, g)
-	all := 0
-	for _, dir := range []string{"/tmp", "/dev/shm", "/run", "/dev"} {
+	all, total := 0, g.mebibytes(t, "MemTotal")
+	for _, dir := range []string{"/tmp", "/dev/shm", "/run"} {
 		for _, size := range []int{8, 1} {
 			taken, refusal := g.fillUp(t, dir, size)
 			all += taken
-			t.Logf("%s took %d MiB in pieces of %d, MemAvailable %d MiB; then: %v", dir, taken, size, g.mebibytes(t, "MemAvailable"), refusal)
+			t.Logf("%s took %d MiB in pieces of %d, MemAvailable %d MiB; then: %v", dir, taken, size,
+				g.mebibytes(t, "MemAvailable"), refusal)
 		}
 	}
-	if total := g.mebibytes(t, "MemTotal"); all > total/2 {
+	if all > total/2 {
 		t.Errorf("file systems in memory took %d MiB of %d", all, total)
 	}
+	// The kernel's own devtmpfs has no bound that could be set; what is left to be had is refused all the same.
+	taken, refusal := g.fillUp(t, "/dev", 1)
+	t.Logf("/dev took %d MiB, MemAvailable %d MiB; then: %v", taken, g.mebibytes(t, "MemAvailable"), refusal)
 	filled := stop()
-	t.Logf("/health meanwhile: %d answers, p50 %v, p99 %v, worst %v", len(filled), percentile(filled, 50), percentile(filled, 99),
-		percentile(filled, 100))
+	logTimes(t, "meanwhile", filled)
 	if limit := max(250*time.Millisecond, 3*percentile(rest, 99)); percentile(filled, 99) > limit {
 		t.Errorf("p99 of /health was %v, limit %v", percentile(filled, 99), limit)
 	}
@@ -114,7 +123,10 @@ func TestUploadsFillMemory(t *testing.T) {
 	}
 	g.lives(t)
 	// A process that takes what its group may have: it dies, if somebody must.
+	stop = healthTimes(t, g)
 	g.run("/workload", "hog", fmt.Sprint(g.memory))
+	hogged := stop()
+	logTimes(t, "beside a process that takes all", hogged)
 	g.lives(t)
 	g.init(t, timestamp(time.Now()))
 }
@@ -160,7 +172,7 @@ func TestBlockedConsole(t *testing.T) {
 		}
 	}
 	times := stop()
-	t.Logf("/health: %d answers, p99 %v, worst %v", len(times), percentile(times, 99), percentile(times, 100))
+	logTimes(t, "meanwhile", times)
 	if text := g.console.text(); strings.Contains(text, "none49") {
 		t.Fatalf("the console was not stopped:\n%s", text)
 	}
