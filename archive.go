@@ -340,7 +340,7 @@ func (x *unpacker) unpack(h *tar.Header, name string, content io.Reader) error {
 	}
 	at.st = unix.Stat_t{} // the name is replaced: nothing of what has it now matters
 	r := &replacement{place: at, dress: func(fd int) error { return x.dress(fd, h) }}
-	return r.beside(func(f *os.File) error { return copyAll(x.ctx, f, content) })
+	return r.beside(func(f storing) error { return copyAll(x.ctx, f, content) })
 }
 
 // hardLink gives a file one more name, unless it can be another one's by way of a hard link. A file that this archive has

@@ -88,10 +88,9 @@ func openCgroups(root string) (*cgroups, error) {
 // default user, is not held by RLIMIT_NPROC; it would use up kernel.threads-max (1 for each 128 KiB of memory) or kernel.pid_max,
 // and then the Go runtime, which ends the program when it gets no thread. With both groups full an eighth is left.
 //
-// Of memory an eighth is left for the rest, at most 128 MiB, as with agents of today; of a small guest's 56 MiB or a third. With 24 MiB
-// of 192 for the kernel and the agent the agent's own text was evicted, and it stood still for 26 s.
+// Of memory the reserve is left for the rest.
 func (g *cgroups) limit(memory uint64, processes int) {
-	most := strconv.FormatUint(memory-max(min(memory/8, 128<<20), min(memory/3, 56<<20)), 10)
+	most := strconv.FormatUint(memory-memoryReserve(memory), 10)
 	if processes == 0 {
 		processes = min(sysctl("kernel/threads-max"), sysctl("kernel/pid_max")) / 16 * 7
 	}
@@ -105,14 +104,6 @@ func (g *cgroups) limit(memory uint64, processes int) {
 			}
 		}
 	}
-}
-
-// sysctl gives a large number for what is not readable.
-func sysctl(name string) int {
-	n := 1 << 15
-	text, _ := os.ReadFile("/proc/sys/" + name)
-	fmt.Sscan(string(text), &n)
-	return n
 }
 
 // openOwnCgroups is for a machine that is not envd's: leaves below the cgroup that it already is in, and no limits.

@@ -74,6 +74,37 @@ func (s *fileService) answer(w http.ResponseWriter, done any, err error) {
 
 func isFull(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
 
+// mayStore refuses content that would take the guest's last memory.
+func mayStore(fd int, bytes int64) error {
+	if memoryForContent.admits(fd, bytes) {
+		return nil
+	}
+	return httpErrorf(http.StatusInsufficientStorage, "not enough memory available: this file system is in memory, "+
+		"of which the guest keeps %d MiB for itself", memoryReserve(totalMemory())>>20)
+}
+
+// storing writes content to a file as long as it may.
+type storing struct{ file *os.File }
+
+func (s storing) Write(p []byte) (int, error) {
+	if err := mayStore(int(s.file.Fd()), int64(len(p))); err != nil {
+		return 0, err
+	}
+	return s.file.Write(p)
+}
+
+// ReadFrom leaves the work to the kernel where it can, as copy_file_range(2).
+func (s storing) ReadFrom(from io.Reader) (total int64, err error) {
+	const piece = 1 << 20
+	for n := int64(piece); n == piece && err == nil; total += n {
+		if err = mayStore(int(s.file.Fd()), piece); err != nil {
+			return total, err
+		}
+		n, err = s.file.ReadFrom(io.LimitReader(from, piece))
+	}
+	return total, err
+}
+
 // acting checks the credentials of a request for a file and answers the name of the user that it acts as.
 func (s *fileService) acting(r *http.Request, query url.Values, operation string) (name string, err error) {
 	if status, reason := s.token.refuseFile(r.Header.Get("X-Access-Token"), query, operation, time.Now()); status != 0 {

@@ -452,7 +452,7 @@ func FuzzListeners(f *testing.F) {
 	f.Fuzz(func(t *testing.T, table string, copies uint8) {
 		table = strings.Repeat(table, int(copies%4))
 		path := writeFile(t, filepath.Join(t.TempDir(), "tcp"), table, 0o600)
-		if err := readTable(path, "0100007F:", loopback4, func(address netip.Addr, port uint16) {
+		if err := readTable(path, "0100007F:", loopback4, func(address netip.Addr, port uint16, _ uint32) {
 			if address != loopback4 || !regexp.MustCompile(fmt.Sprintf(`(?i)0100007F:0*%x[\s\v\x{85}\pZ]`, port)).MatchString(table) {
 				t.Errorf("%v listens nowhere on port %d", address, port)
 			}

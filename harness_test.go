@@ -71,10 +71,11 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	suiteDir = dir
-	// A daemon that believes to be in a guest raises the machine's limits.
+	// A daemon that believes to be in a guest raises the machine's limits, and protects links.
 	limits := map[string][]byte{}
 	files, _ := filepath.Glob("/proc/sys/fs/inotify/max_*")
-	for _, file := range files {
+	links, _ := filepath.Glob("/proc/sys/fs/protected_*")
+	for _, file := range append(files, links...) {
 		limits[file], _ = os.ReadFile(file)
 	}
 	code := m.Run()
@@ -268,6 +269,7 @@ type daemonConfig struct {
 	listen   string              // for --listen; "": 127.0.0.1; "default": the flag is not given
 	portFlag string              // another spelling of `--port %d`
 	netns    *netns              // where it runs and is talked to
+	stdout   *os.File            // instead of the log, which then holds stderr alone
 }
 
 type daemon struct {
@@ -407,7 +409,7 @@ func startDaemonWith(t testing.TB, config daemonConfig) *daemon {
 		}
 		args = append(args, config.args...)
 		d.cmd = prepared(t, base, config, program, args)
-		d.cmd.Stdout, d.cmd.Stderr = log, log
+		d.cmd.Stdout, d.cmd.Stderr = cmp.Or(config.stdout, log), log
 		if agentCgroup != nil {
 			d.cmd.SysProcAttr.UseCgroupFD, d.cmd.SysProcAttr.CgroupFD = true, int(agentCgroup.Fd())
 		}

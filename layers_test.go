@@ -31,7 +31,7 @@ var floors = [][]string{
 	{"process", "fs", "files", "ports", "snapshot", "metrics"},
 	{"spawn", "watch_inotify", "pipes", "request"},
 	{"output", "pty_linux", "cgroup", "path", "user", "auth", "mmds", "log", "settings", "poller", "codec"},
-	{"budget"},
+	{"budget", "procfs"},
 }
 
 // annexes are files that belong to the room of another name.

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -11,11 +12,14 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // collector keeps the bodies of what is posted to it.
@@ -235,5 +239,134 @@ func TestLoggerForms(t *testing.T) {
 	}
 	if os.Getenv("ENVD_LOG") == "" && !strings.Contains(out(true), "level=ERROR msg=message logger=envd") {
 		t.Errorf("text: %q", out(true))
+	}
+}
+
+// fullPipe gives a pipe that takes no more bytes until somebody reads.
+func fullPipe(t *testing.T) (reader, writer *os.File) {
+	t.Helper()
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	unix.SetNonblock(fds[1], true)
+	for n := 4096; n > 0; n, _ = unix.Write(fds[1], make([]byte, 4096)) {
+	}
+	unix.SetNonblock(fds[1], false)
+	reader, writer = os.NewFile(uintptr(fds[0]), "pipe"), os.NewFile(uintptr(fds[1]), "pipe")
+	t.Cleanup(func() { reader.Close(); writer.Close() })
+	return reader, writer
+}
+
+// stoppedTerminal gives one whose user has pressed Ctrl-S.
+func stoppedTerminal(t *testing.T) *os.File {
+	t.Helper()
+	master, slave, err := openPTY(80, 24, os.Getuid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(master) })
+	file := os.NewFile(uintptr(slave), "terminal")
+	t.Cleanup(func() { file.Close() })
+	if err := unix.IoctlSetInt(slave, unix.TCXONC, unix.TCOOFF); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// logMuch makes the daemon log numbered lines, one a request, in which a number stands as <N>.
+func logMuch(t *testing.T, d *daemon, lines int) {
+	t.Helper()
+	for n := range lines {
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		body := fmt.Sprintf(`{"hyperloopIP":"-%d-%s"}`, n, strings.Repeat("x", 1000))
+		request, err := http.NewRequestWithContext(ctx, "POST", d.url+"/init", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := d.do(t, request)
+		cancel()
+		if got.status != http.StatusNoContent {
+			t.Fatalf("/init %d: %d %s", n, got.status, got.body)
+		}
+	}
+}
+
+// Nobody waits for the log: with a stdout that takes nothing, from the start or from later on, everything is served, and SIGTERM
+// ends the daemon in time (which end() looks at).
+func TestLogThatNobodyReads(t *testing.T) {
+	t.Parallel()
+	for name, stdout := range map[string]func(t *testing.T) *os.File{
+		"full pipe":        func(t *testing.T) *os.File { _, w := fullPipe(t); return w },
+		"stopped terminal": stoppedTerminal,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			d := startDaemonWith(t, daemonConfig{stdout: stdout(t)})
+			logMuch(t, d, 20)
+			d.healthy(t)
+			d.run(t, argv("true"))
+			if err := d.stop(t); err != nil {
+				t.Errorf("SIGTERM: %v", err)
+			}
+		})
+	}
+}
+
+// Lines for which there was no room are counted, exactly, before those that came after them.
+func TestLogCountsWhatItDropped(t *testing.T) {
+	t.Parallel()
+	reader, writer := fullPipe(t)
+	d := startDaemonWith(t, daemonConfig{stdout: writer})
+	const lines = 600
+	logMuch(t, d, lines)
+	var mu sync.Mutex // protects printed
+	var printed []byte
+	go func() {
+		buf := make([]byte, 64<<10)
+		for n, err := 1, error(nil); n > 0 && err == nil; n, err = reader.Read(buf) {
+			mu.Lock()
+			printed = append(printed, buf[:n]...)
+			mu.Unlock()
+			clear(buf)
+		}
+	}()
+	text := func() string {
+		mu.Lock()
+		defer mu.Unlock()
+		return strings.ReplaceAll(string(printed), "\x00", "")
+	}
+	waitFor(t, 20*time.Second, "the last line", func() bool { return strings.Contains(text(), fmt.Sprintf("-%d-", lines-1)) })
+	numbered, number := regexp.MustCompile(`value=-(\d+)-`), -1
+	seen, dropped := 0, 0
+	for _, line := range strings.Split(text(), "\n") {
+		if m := regexp.MustCompile(`msg="(\d+) lines dropped"`).FindStringSubmatch(line); m != nil {
+			dropped += atoi(t, m[1])
+		} else if m := numbered.FindStringSubmatch(line); m != nil {
+			if n := atoi(t, m[1]); n <= number {
+				t.Errorf("line %d after line %d", n, number)
+			} else {
+				number = n
+			}
+			seen++
+		} else if line != "" {
+			seen++
+		}
+	}
+	// Beside the numbered lines there is the one that says that the daemon listens.
+	if seen+dropped != lines+1 || dropped < lines/3 || number != lines-1 {
+		t.Errorf("%d lines printed, %d dropped, of %d; the last one is %d", seen, dropped, lines+1, number)
+	}
+	if got := d.rss(); got > 30<<20 && !raceEnabled() {
+		t.Errorf("RSS is %d MiB", got>>20)
+	}
+}
+
+// A line that is logged last is printed before the daemon ends.
+func TestLogIsFlushedAtTheEnd(t *testing.T) {
+	t.Parallel()
+	d := startDaemon(t)
+	if err := d.stop(t); err != nil || !strings.Contains(d.log(), "stopping") {
+		t.Errorf("%v, log %q", err, d.log())
 	}
 }

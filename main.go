@@ -158,8 +158,9 @@ func main() {
 func run(c *config) int {
 	guest, isInit := !c.server.isnotfc, os.Getpid() == 1
 	ownsMachine := guest && isInit // else it is a container's process 1
-	exporter := &logExporter{off: !guest}
-	slog.SetDefault(newLogger(io.MultiWriter(exporter, os.Stdout), !guest))
+	exporter, stdout := &logExporter{off: !guest}, newStdoutLog(!guest)
+	defer stdout.flush()
+	slog.SetDefault(newLogger(io.MultiWriter(exporter, stdout), !guest))
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // that nobody reads the log any more ends nothing
@@ -175,7 +176,7 @@ func run(c *config) int {
 	}
 	debug.SetGCPercent(75) // memory is dearer than time, to a point: at 50 small requests took a tenth longer
 	prepareProcess(guest)
-	listener, err := listen(c, signals, ownsMachine)
+	listener, err := listen(c, signals, ownsMachine, stdout)
 	poller, failure := newPoller()
 	if err = cmp.Or(err, failure); err != nil {
 		fmt.Fprintln(os.Stderr, "envd:", err)
@@ -259,7 +260,9 @@ func run(c *config) int {
 	ticks := []func(time.Time){processes.tick, filesystem.tick, ports.tick, srv.tick, life.tick,
 		(&trimmer{budget: budget}).tick}
 	if guest && os.Geteuid() == 0 && ownMachine() {
+		protectLinks()
 		raiseWatchLimits(totalMemory())
+		memoryForContent.reserve.Store(memoryReserve(totalMemory()))
 		ticks = append(ticks, (&reclaimer{busy: life.preparing}).tick)
 	}
 	metrics.sample(time.Now())
@@ -284,7 +287,7 @@ func run(c *config) int {
 	}
 
 	reason := <-signals
-	life.thaw() // what is frozen sees no signal, and the log may be a frozen file
+	life.thaw() // what is frozen sees no signal, nor does who writes to a frozen file
 	slog.Info("stopping", "logger", "envd", "signal", reason.String(), "processes_live_on", !isInit)
 	if isInit {
 		listener.Close()
@@ -305,13 +308,13 @@ func run(c *config) int {
 	srv.http.Shutdown(ctx)
 	srv.http.Close()
 	if ownsMachine {
-		powerOff(reason == syscall.SIGINT)
+		powerOff(reason == syscall.SIGINT, stdout)
 	}
 	return 0
 }
 
 // listen is patient as process 1: the address may belong to a network card that is still to come.
-func listen(c *config, signals <-chan os.Signal, patient bool) (listener net.Listener, err error) {
+func listen(c *config, signals <-chan os.Signal, patient bool, log *stdoutLog) (listener net.Listener, err error) {
 	for said := false; ; said = true {
 		listener, err = net.Listen("tcp", net.JoinHostPort(c.listen, strconv.Itoa(c.port)))
 		if err == nil || !patient {
@@ -322,7 +325,7 @@ func listen(c *config, signals <-chan os.Signal, patient bool) (listener net.Lis
 		}
 		select {
 		case s := <-signals:
-			powerOff(s == syscall.SIGINT)
+			powerOff(s == syscall.SIGINT, log)
 			return nil, err
 		case <-time.After(20 * time.Millisecond):
 		}
@@ -387,12 +390,4 @@ func openCgroupRoot(c *config) (g *cgroups) {
 		return nil
 	}
 	return g
-}
-
-func totalMemory() uint64 {
-	var info unix.Sysinfo_t
-	if unix.Sysinfo(&info) != nil {
-		return 1 << 30
-	}
-	return info.Totalram * uint64(info.Unit)
 }

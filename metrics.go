@@ -16,7 +16,6 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -83,36 +82,6 @@ func readCPU() (busy, total uint64, cpus int) {
 		}
 	}
 	return busy, total, cpus
-}
-
-// readProc gives "" for what is not readable. For os.ReadFile the runtime's poller would wake a thread each time.
-func readProc(path string) string {
-	var text []byte
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	for n := 1; err == nil && n > 0; {
-		text = slices.Grow(text, 4<<10)
-		n, err = unix.Read(fd, text[len(text):cap(text)])
-		text = text[:len(text)+max(n, 0)]
-	}
-	unix.Close(fd)
-	return string(text)
-}
-
-// procNumber reads the number behind a name at the beginning of a line.
-func procNumber(text, name string) uint64 {
-	_, rest, _ := strings.Cut("\n"+text, "\n"+name)
-	value, _, _ := strings.Cut(rest, "\n")
-	n, _ := strconv.ParseUint(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
-	return n
-}
-
-// readMemory gives bytes; a total of 0 where /proc/meminfo is not readable. Used is what could not be had even if all caches
-// were given up.
-func readMemory() (total, used, cache uint64) {
-	text := readProc("/proc/meminfo")
-	bytes := func(name string) uint64 { return procNumber(text, name) << 10 }
-	total = bytes("MemTotal:")
-	return total, total - min(bytes("MemAvailable:"), total), bytes("Cached:") + bytes("SReclaimable:")
 }
 
 func (m *metrics) serve(w http.ResponseWriter, r *http.Request) {

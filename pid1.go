@@ -14,6 +14,7 @@ import (
 	"cmp"
 	"errors"
 	"flag"
+	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -34,19 +35,23 @@ import (
 const termPatience = 5 * time.Second // between SIGTERM and SIGKILL
 
 // bootMounts in their order. A row whose directory has a mount is skipped: /dev is a tmpfs only without devtmpfs.
+//
+// share is the part of the memory, in per cent, that a file system in memory may have. Beyond it come inodes, one for each
+// page, so that only empty files meet that bound; each takes a KiB. All together stay under half of the memory.
 var bootMounts = []struct {
 	dir, fs, options string
 	flags            uintptr
+	share            uint64
 }{
-	{"/dev", "devtmpfs", "mode=0755", unix.MS_NOSUID},
-	{"/dev", "tmpfs", "mode=0755", unix.MS_NOSUID},
-	{"/dev/pts", "devpts", "mode=0620,ptmxmode=0666,gid=5", unix.MS_NOSUID | unix.MS_NOEXEC},
-	{"/dev/shm", "tmpfs", "mode=1777", unix.MS_NOSUID | unix.MS_NODEV},
-	{"/proc", "proc", "", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC},
-	{"/sys", "sysfs", "", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC},
-	{"/sys/fs/cgroup", "cgroup2", "", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC},
-	{"/run", "tmpfs", "mode=0755", unix.MS_NOSUID | unix.MS_NODEV},
-	{"/tmp", "tmpfs", "mode=1777", unix.MS_NOSUID | unix.MS_NODEV},
+	{"/dev", "devtmpfs", "mode=0755", unix.MS_NOSUID, 0},
+	{"/dev", "tmpfs", "mode=0755", unix.MS_NOSUID, 1},
+	{"/dev/pts", "devpts", "mode=0620,ptmxmode=0666,gid=5", unix.MS_NOSUID | unix.MS_NOEXEC, 0},
+	{"/dev/shm", "tmpfs", "mode=1777", unix.MS_NOSUID | unix.MS_NODEV, 10},
+	{"/proc", "proc", "", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, 0},
+	{"/sys", "sysfs", "", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, 0},
+	{"/sys/fs/cgroup", "cgroup2", "", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, 0},
+	{"/run", "tmpfs", "mode=0755", unix.MS_NOSUID | unix.MS_NODEV, 4},
+	{"/tmp", "tmpfs", "mode=1777", unix.MS_NOSUID | unix.MS_NODEV, 24},
 }
 
 // bootDevices and bootLinks are what devtmpfs does not bring along, or a tmpfs in its place.
@@ -99,6 +104,10 @@ func boot(nameservers string) <-chan struct{} {
 		os.MkdirAll(m.dir, 0o755)
 		var dir, above unix.Stat_t
 		if unix.Stat(m.dir, &dir) != nil || unix.Stat(m.dir+"/..", &above) != nil || dir.Dev == above.Dev { // nothing is mounted there
+			if m.share > 0 {
+				pages := totalMemory() / 100 * m.share >> 12
+				m.options += fmt.Sprintf(",size=%dk,nr_inodes=%d", pages<<2, pages)
+			}
 			note("mount "+m.fs+" at "+m.dir, unix.Mount(m.fs, m.dir, m.fs, m.flags, m.options))
 		}
 	}
@@ -108,11 +117,6 @@ func boot(nameservers string) <-chan struct{} {
 		note("lo", configureInterface("lo", nil)) // the kernel has an address for it
 		configureEth0(10 * time.Second)           // it may be found late
 	}()
-	if ownMachine() { // links and files of others in directories like /tmp are no traps then
-		for _, name := range []string{"hardlinks", "symlinks", "fifos", "regular"} {
-			note("sysctl", os.WriteFile("/proc/sys/fs/protected_"+name, []byte("1"), 0))
-		}
-	}
 	files := max(nofile.Max, 1<<20) // the kernel gives init 4,096; processes start with childNofile all the same
 	err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: files, Max: files})
 	if note("open files", err); err == nil {
@@ -123,6 +127,15 @@ func boot(nameservers string) <-chan struct{} {
 	note("resolv.conf", nameServers(nameservers))
 	slog.Info("booted", "logger", "init", "ms", float64(time.Since(began).Microseconds())/1000)
 	return network
+}
+
+// protectLinks keeps links and files of others in directories like /tmp from being traps. The kernel's own defaults are 0.
+func protectLinks() {
+	for _, name := range []string{"hardlinks", "symlinks", "fifos", "regular"} {
+		if name = "fs/protected_" + name; sysctl(name) < 1 {
+			note("sysctl", os.WriteFile("/proc/sys/"+name, []byte("1"), 0))
+		}
+	}
 }
 
 func note(step string, err error) {
@@ -288,7 +301,7 @@ func awaitNobody(patience time.Duration) {
 // powerOff does not return, unless envd has no power over the machine: then its exit is what ends the container.
 // A reboot= on the kernel's command line says that the host waits for a reset: Firecracker has no power switch, it exits when
 // its guest resets itself. Inside a pid namespace a reset ends the namespace as if by SIGHUP, power-off as if by SIGINT.
-func powerOff(restart bool) {
+func powerOff(restart bool, log *stdoutLog) {
 	how := unix.LINUX_REBOOT_CMD_POWER_OFF
 	cmdline, _ := os.ReadFile("/proc/cmdline")
 	if restart || strings.Contains(" "+string(cmdline), " reboot=") {
@@ -307,5 +320,6 @@ func powerOff(restart bool) {
 			})
 		}
 	}
+	log.flush()
 	slog.Warn("no power over the machine", "logger", "init", "error", unix.Reboot(how))
 }

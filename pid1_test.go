@@ -10,6 +10,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
@@ -142,6 +143,7 @@ type initConfig struct {
 	netns  *netns   // instead of a new one
 
 	address string          // where it listens; "": 127.0.0.1
+	stdout  *os.File        // instead of the log
 	started func(d *daemon) // called once it is there, before it serves
 }
 
@@ -171,7 +173,7 @@ func startInit(t *testing.T, config initConfig) *daemon {
 		t.Fatal(err)
 	}
 	defer log.Close()
-	d.cmd.Stdout, d.cmd.Stderr = log, log
+	d.cmd.Stdout, d.cmd.Stderr = cmp.Or(config.stdout, log), log
 	attr := &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC}
 	d.cmd.SysProcAttr = attr
 	if cgroupMount() != "" {
@@ -279,6 +281,81 @@ func (d *daemon) power(t *testing.T, within time.Duration) syscall.Signal {
 		t.Fatalf("process 1 ended with %v, want a signal", d.waitErr)
 	}
 	return exit.Sys().(syscall.WaitStatus).Signal()
+}
+
+// A console that takes nothing from the start on keeps process 1 neither from booting nor from ending.
+func TestProcess1LogThatNobodyReads(t *testing.T) {
+	t.Parallel()
+	_, full := fullPipe(t)
+	d := startInit(t, initConfig{helper: true, stdout: full, steps: []string{"dir", "/proc", "mount", "proc:/proc", "over", "/proc/cmdline:\n"}})
+	logMuch(t, d, 10)
+	d.run(t, argv("/"+helperName, "exit", "0"))
+	syscall.Kill(d.pid, syscall.SIGTERM)
+	if got := d.power(t, 8*time.Second); got != syscall.SIGINT {
+		t.Errorf("the end is %v, want power-off", got)
+	}
+}
+
+// What process 1 mounts in memory takes, when all of it is full, less than half of that.
+func TestProcess1MemoryOfMounts(t *testing.T) {
+	t.Parallel()
+	d := startInit(t, initConfig{})
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		t.Fatal(err)
+	}
+	memory := info.Totalram * uint64(info.Unit)
+	sum := memory / 100 * 125 / 100 // of /dev, were it no devtmpfs
+	for _, dir := range []string{"/tmp", "/dev/shm", "/run"} {
+		var st unix.Statfs_t
+		if err := unix.Statfs(d.inside(dir), &st); err != nil || st.Type != unix.TMPFS_MAGIC {
+			t.Fatalf("%s: %v, type %x", dir, err, st.Type)
+		}
+		size, inodes := st.Blocks*uint64(st.Bsize), st.Files
+		t.Logf("%s: %d MiB of %d, %d inodes", dir, size>>20, memory>>20, inodes)
+		if size < memory/32 || inodes < size>>12 {
+			t.Errorf("%s has %d bytes and %d inodes: too few", dir, size, inodes)
+		}
+		sum += size + inodes<<10
+	}
+	if sum >= memory/2 {
+		t.Errorf("together they may have %d bytes of %d", sum, memory)
+	}
+}
+
+// In every guest links of others are no traps, and the kernel's limits for watches are raised by the memory, never lowered.
+func TestKernelSettings(t *testing.T) {
+	t.Parallel()
+	needRoot(t)
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		t.Fatal(err)
+	}
+	memory := info.Totalram * uint64(info.Unit)
+	for _, guest := range []bool{true, false} {
+		start := map[string]string{"protected_hardlinks": "0", "protected_symlinks": "0", "protected_fifos": "2", "protected_regular": "0",
+			"inotify/max_user_instances": "128", "inotify/max_user_watches": "8192", "inotify/max_queued_events": "99999999"}
+		want := maps.Clone(start)
+		if guest {
+			for _, name := range []string{"hardlinks", "symlinks", "regular"} {
+				want["protected_"+name] = "1"
+			}
+			want["inotify/max_user_watches"] = fmt.Sprint(max(8192, min(1<<20, memory/32>>10)))
+			want["inotify/max_user_instances"] = fmt.Sprint(max(128, min(8192, memory>>17)))
+		}
+		dir := publicDir(t)
+		var steps []string
+		for name, value := range start {
+			file := writeFile(t, filepath.Join(dir, filepath.Base(name)), value, 0o644)
+			steps = append(steps, "mount", file+":/proc/sys/fs/"+name)
+		}
+		startDaemonWith(t, daemonConfig{args: argv("--isnotfc=" + strconv.FormatBool(!guest)), steps: steps})
+		for name, value := range want {
+			if got, err := os.ReadFile(filepath.Join(dir, filepath.Base(name))); err != nil || string(got) != value {
+				t.Errorf("guest %t: fs/%s is %q, %v, want %s", guest, name, got, err, value)
+			}
+		}
+	}
 }
 
 // Nothing but the binary, and a network card that comes late.

@@ -2,8 +2,9 @@
 //
 // A scan asks the kernel for the listening TCP sockets: once a second by the shared tick, every 100 ms for 5 s after a process
 // was started. A port that listens on exactly 127.0.0.1 or ::1 gets a forwarder, which goes, and its connections with it,
-// when a scan no longer finds the port. Bytes are spliced, they never enter the daemon; the end of one direction is passed on
-// as such, and a reset as a reset. What cannot be bound, as where no interface has the address, is tried again within 10 s.
+// when a scan no longer finds the port. No user but root gets more than a quarter of the forwarders that there may be. Bytes
+// are spliced, they never enter the daemon; the end of one direction is passed on as such, and a reset as a reset. What cannot
+// be bound, as where no interface has the address, is tried again within 10 s.
 //
 // Sources: sock_diag(7), linux/inet_diag.h (a kernel without has /proc/net/tcp read, once a second), splice(2).
 
@@ -39,7 +40,8 @@ const (
 
 	// A forwarder holds one descriptor, a connection six: two sockets and a pipe for each direction.
 	maxForwarders = 512
-	maxForwarded  = 512 // connections; fewer where they could take more than 3/8 of the daemon's descriptors
+	maxOfOneUser  = maxForwarders / 4 // of them; root may have all
+	maxForwarded  = 512               // connections; fewer where they could take more than 3/8 of the daemon's descriptors
 
 	// The kernel would let the loopback side have MiBs on their way, which leave the CPU's cache before they are read.
 	socketBuffer = 128 << 10
@@ -63,6 +65,12 @@ type ports struct {
 	buf        [8 << 10]byte
 	full       bool // has been told
 	forwarders map[uint16]*forwarder
+}
+
+// listening is what a scan finds out about a port.
+type listening struct {
+	four bool   // 127.0.0.1 listens; else ::1 does
+	uid  uint32 // of the socket that connections go to
 }
 
 // forwarder has a port of the guest's address.
@@ -125,10 +133,11 @@ func (p *ports) look(fast bool) {
 	if p.quiesced || !p.address.IsValid() || fast && p.diag < 0 {
 		return
 	}
-	found := map[uint16]bool{}                     // port -> 127.0.0.1 listens; else ::1 does
-	add := func(address netip.Addr, port uint16) { // forwarders themselves listen on p.address
-		if address != p.address && port != p.own && (address == loopback4 || address == loopback6) {
-			found[port] = found[port] || address == loopback4
+	found := map[uint16]listening{}
+	add := func(address netip.Addr, port uint16, uid uint32) { // forwarders themselves listen on p.address
+		loopback := address == loopback4 || address == loopback6
+		if loopback && address != p.address && port != p.own && !found[port].four {
+			found[port] = listening{address == loopback4, uid}
 		}
 	}
 	if p.diag >= 0 {
@@ -149,7 +158,7 @@ func (p *ports) look(fast bool) {
 }
 
 // dumpLocked calls add for each listening socket. The oldest of the requests is the only one that asks for both families.
-func (p *ports) dumpLocked(add func(netip.Addr, uint16)) error {
+func (p *ports) dumpLocked(add func(netip.Addr, uint16, uint32)) error {
 	const getSock = 18   // TCPDIAG_GETSOCK
 	var request [76]byte // struct nlmsghdr, struct inet_diag_req
 	binary.NativeEndian.PutUint32(request[0:], uint32(len(request)))
@@ -171,11 +180,12 @@ func (p *ports) dumpLocked(add func(netip.Addr, uint16)) error {
 					return os.NewSyscallError("sock_diag", syscall.Errno(errno))
 				}
 				return nil
-			case len(m.Data) < 72: // struct inet_diag_msg
-			case m.Data[0] == unix.AF_INET:
-				add(netip.AddrFrom4([4]byte(m.Data[8:])), binary.BigEndian.Uint16(m.Data[4:]))
-			default:
-				add(netip.AddrFrom16([16]byte(m.Data[8:])), binary.BigEndian.Uint16(m.Data[4:]))
+			case len(m.Data) >= 72: // struct inet_diag_msg
+				address := netip.AddrFrom16([16]byte(m.Data[8:]))
+				if m.Data[0] == unix.AF_INET {
+					address = netip.AddrFrom4([4]byte(m.Data[8:]))
+				}
+				add(address, binary.BigEndian.Uint16(m.Data[4:]), binary.NativeEndian.Uint32(m.Data[64:]))
 			}
 		}
 	}
@@ -183,7 +193,7 @@ func (p *ports) dumpLocked(add func(netip.Addr, uint16)) error {
 }
 
 // readTable does the same with a table of proc(5), which has addresses as little-endian words; state 0A is LISTEN.
-func readTable(path, prefix string, address netip.Addr, add func(netip.Addr, uint16)) error {
+func readTable(path, prefix string, address netip.Addr, add func(netip.Addr, uint16, uint32)) error {
 	file, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -194,40 +204,47 @@ func readTable(path, prefix string, address netip.Addr, add func(netip.Addr, uin
 	defer file.Close()
 	lines := bufio.NewScanner(file)
 	for lines.Scan() {
-		if f := strings.Fields(lines.Text()); len(f) > 3 && f[3] == "0A" && strings.HasPrefix(f[1], prefix) {
-			if port, err := strconv.ParseUint(f[1][len(prefix):], 16, 16); err == nil {
-				add(address, uint16(port))
+		if f := strings.Fields(lines.Text()); len(f) > 7 && f[3] == "0A" && strings.HasPrefix(f[1], prefix) {
+			port, err := strconv.ParseUint(f[1][len(prefix):], 16, 16)
+			uid, failure := strconv.ParseUint(f[7], 10, 32)
+			if err == nil && failure == nil {
+				add(address, uint16(port), uint32(uid))
 			}
 		}
 	}
 	return lines.Err()
 }
 
-// updateLocked has a forwarder for each port that listens, and for no other.
-func (p *ports) updateLocked(found map[uint16]bool) {
+// updateLocked has a forwarder for each port that listens, as far as there may be so many, and for no other.
+func (p *ports) updateLocked(found map[uint16]listening) {
+	ofUser := map[uint32]int{}
 	for port, f := range p.forwarders {
-		if _, listens := found[port]; !listens {
-			delete(p.forwarders, port)
-			if f.listener != nil {
-				f.cancel()
-				f.listener.Close()
-				slog.Debug("no longer forwarded", "logger", "port-forwarder", "port", port)
-			}
+		if l, listens := found[port]; listens {
+			ofUser[l.uid]++
+			continue
+		}
+		delete(p.forwarders, port)
+		if f.listener != nil {
+			f.cancel()
+			f.listener.Close()
+			slog.Debug("no longer forwarded", "logger", "port-forwarder", "port", port)
 		}
 	}
-	for port, four := range found {
+	for port, l := range found {
 		f := p.forwarders[port]
-		if f == nil && len(p.forwarders) == maxForwarders {
+		if f == nil && (len(p.forwarders) == maxForwarders || l.uid != 0 && ofUser[l.uid] >= maxOfOneUser) {
 			if !p.full {
 				p.full = true
-				slog.Warn("too many ports listen; some are not forwarded", "logger", "port-forwarder", "bound", maxForwarders)
+				slog.Warn("too many ports listen; some are not forwarded", "logger", "port-forwarder", "bound", maxForwarders,
+					"of_one_user", maxOfOneUser, "uid", l.uid)
 			}
 			continue
 		} else if f == nil {
 			f = &forwarder{port: port, backOff: time.Second}
 			p.forwarders[port] = f
+			ofUser[l.uid]++
 		}
-		f.six.Store(!four)
+		f.six.Store(!l.four)
 		if f.listener == nil && time.Now().After(f.retry) {
 			p.openLocked(f)
 		}

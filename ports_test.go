@@ -612,6 +612,55 @@ func TestPortsManyListeners(t *testing.T) {
 	host.waitWord(t, port, "hello")
 }
 
+// One user's listeners, however many, leave room for those of others; what is forwarded stays.
+func TestPortsOfOneUser(t *testing.T) {
+	t.Parallel()
+	needRoot(t)
+	for name, steps := range map[string][]string{"sock_diag": nil, "proc": argv("no-netlink", strconv.Itoa(unix.NETLINK_SOCK_DIAG))} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			guest, _ := newGuest(t)
+			d := startDaemonWith(t, daemonConfig{netns: guest, steps: steps})
+			const mallory, alice = 61000, 61001
+			listenAs := func(uid int, ports ...int) {
+				guest.do(func() {
+					unix.Setfsuid(uid) // the thread ends with this function
+					for _, port := range ports {
+						fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+						if err != nil {
+							t.Error(err)
+							return
+						}
+						t.Cleanup(func() { unix.Close(fd) })
+						if err = errors.Join(unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: port}), unix.Listen(fd, 1)); err != nil {
+							t.Error(err)
+						}
+					}
+				})
+			}
+			steady := 40001
+			listenAs(mallory, steady)
+			waitFor(t, 5*time.Second, "mallory's first port", func() bool { return slices.Contains(guest.forwarded(t), steady) })
+			var more []int
+			for port := steady + 1; port < steady+700; port++ {
+				more = append(more, port)
+			}
+			listenAs(mallory, more...)
+			waitFor(t, 5*time.Second, "mallory's share", func() bool { return len(guest.forwarded(t)) == maxOfOneUser })
+			listenAs(alice, 41001)
+			listenAs(0, 41002)
+			waitFor(t, 5*time.Second, "the ports of others", func() bool {
+				got := guest.forwarded(t)
+				return slices.Contains(got, 41001) && slices.Contains(got, 41002)
+			})
+			if got := guest.forwarded(t); len(got) != maxOfOneUser+2 || !slices.Contains(got, steady) {
+				t.Errorf("%d ports are forwarded, the first one among them: %t", len(got), slices.Contains(got, steady))
+			}
+			d.healthy(t)
+		})
+	}
+}
+
 // cpuTime is what the daemon has used so far.
 func (d *daemon) cpuTime(t testing.TB) time.Duration {
 	t.Helper()

@@ -177,8 +177,8 @@ func (l *lifecycle) tick(now time.Time) {
 	}
 	for _, since := range []*atomic.Pointer[time.Time]{&l.groupsSince, &l.filesSince} {
 		if at := since.Load(); at != nil && now.Sub(*at) > l.thawTimeout {
-			go l.thaw() // before it is told: the log may be a frozen file
 			slog.Warn("frozen for too long", "logger", "snapshot")
+			go l.thaw()
 			return
 		}
 	}
@@ -227,7 +227,7 @@ func (l *lifecycle) stepClock(to time.Time) {
 	}
 	ts := unix.Timespec{Sec: to.Unix(), Nsec: int64(to.Nanosecond())}
 	err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts)
-	go slog.Info("the clock was stepped", "logger", "snapshot", "by", off.String(), "error", err) // a console can be slow
+	slog.Info("the clock was stepped", "logger", "snapshot", "by", off.String(), "error", err)
 }
 
 func clearlyWrong(off time.Duration) bool { return off >= 50*time.Millisecond || off <= -5*time.Second }

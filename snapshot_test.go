@@ -557,7 +557,8 @@ func guestDaemon(t *testing.T, args []string, steps ...string) (d *daemon, files
 	dir := publicDir(t)
 	files = map[string]string{}
 	for _, path := range []string{"/proc/sys/vm/drop_caches", "/proc/sys/fs/inotify/max_user_instances",
-		"/proc/sys/fs/inotify/max_user_watches", "/proc/sys/fs/inotify/max_queued_events"} {
+		"/proc/sys/fs/inotify/max_user_watches", "/proc/sys/fs/inotify/max_queued_events", "/proc/sys/fs/protected_hardlinks",
+		"/proc/sys/fs/protected_symlinks", "/proc/sys/fs/protected_fifos", "/proc/sys/fs/protected_regular"} {
 		files[path] = writeFile(t, filepath.Join(dir, filepath.Base(path)), "99999999", 0o644)
 		steps = append(steps, "mount", files[path]+":"+path)
 	}

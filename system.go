@@ -54,7 +54,7 @@ func (s *initService) editFile(path string, whole bool, edit func(old string) st
 	case text == string(old):
 		return nil
 	case whole:
-		return t.beside(func(f *os.File) error { _, err := io.WriteString(f, text); return err })
+		return t.beside(func(f storing) error { _, err := io.WriteString(f, text); return err })
 	}
 	t.forced = true
 	return t.inPlace(strings.NewReader(text), int64(len(text)))

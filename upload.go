@@ -252,7 +252,7 @@ func (u *uploadRequest) put(path string, body io.Reader) (map[string]string, err
 			err = r.inPlace(bytes.NewReader(content), int64(len(content)))
 		}
 		if errors.Is(err, errNotInPlace) {
-			err = r.beside(func(f *os.File) error {
+			err = r.beside(func(f storing) error {
 				_, err := f.Write(content)
 				if err == nil && !whole {
 					u.memory.give(int64(cap(content)))
@@ -330,6 +330,9 @@ type replacement struct {
 // Who has had the file open, mapped even, can write a program into it at any time, so an owner or a mode that were put
 // back might meet what another upload, or another one's chmod(2), has made of it meanwhile.
 func (r *replacement) inPlace(content io.Reader, n int64) error {
+	if err := mayStore(r.dir, n-r.st.Blocks*512); err != nil {
+		return err
+	}
 	flags, existed := os.O_WRONLY, r.exists()
 	if !existed {
 		flags |= os.O_CREATE | os.O_EXCL
@@ -511,7 +514,7 @@ func setXattrs(fd int, wanted, old map[string]string) error {
 }
 
 // beside fills a hidden file in the same directory and gives it the target's name.
-func (r *replacement) beside(fill func(f *os.File) error) error {
+func (r *replacement) beside(fill func(f storing) error) error {
 	temp := r.hidden()
 	mode := uint32(0o600) // nobody else reads what is for a file that he may not read
 	if !r.exists() && r.dress == nil {
@@ -523,7 +526,7 @@ func (r *replacement) beside(fill func(f *os.File) error) error {
 	}
 	defer f.Close()
 	defer temp.unlink() // once it is renamed nothing has this name
-	if err := fill(f); err != nil {
+	if err := fill(storing{f}); err != nil {
 		return fmt.Errorf("error writing file: %w", err)
 	}
 	if r.st.Nlink <= 1 {
@@ -679,7 +682,7 @@ func (s *fileService) composeFile(req *composeRequest) error {
 		return err
 	}
 	defer r.close()
-	err = r.beside(func(to *os.File) error {
+	err = r.beside(func(to storing) error {
 		return eachSource(func(from *os.File) error {
 			_, err := io.Copy(to, from) // copy_file_range(2)
 			return err

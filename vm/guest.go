@@ -55,8 +55,9 @@ type guest struct {
 	qemu    *exec.Cmd
 	qmp     *qmp
 	console *console
-	gone    chan struct{} // closed when QEMU has ended
-	files   []string      // removed when the guest is closed
+	keys    io.WriteCloser // what is typed at the console
+	gone    chan struct{}  // closed when QEMU has ended
+	files   []string       // removed when the guest is closed
 
 	mu      sync.Mutex
 	conns   map[net.Conn]bool // that were dialled, as long as they are open
@@ -160,6 +161,9 @@ func (i *images) start(o options) (_ *guest, err error) {
 	qemu := exec.Command("qemu-system-x86_64", args...)
 	qemu.Stdout, qemu.Stderr = g.console, g.console
 	qemu.Env = append(os.Environ(), "TMPDIR="+i.dir)
+	if g.keys, err = qemu.StdinPipe(); err != nil {
+		return nil, err
+	}
 	qemu.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	if err := g.network.onThread(qemu.Start); err != nil {
 		return nil, err
