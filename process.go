@@ -478,6 +478,8 @@ func (s *processService) openFiles(p *process, req *pb.StartRequest, spec *spawn
 		if spec.fds[0], err = unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
 			return &os.PathError{Op: "open", Path: "/dev/null", Err: err}
 		}
+		s.descriptors.give(1)
+		p.held--
 	} else if spec.fds[0], ours, err = pipe(spec.user); err != nil {
 		return err
 	} else {

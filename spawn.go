@@ -98,7 +98,8 @@ func (spec *spawnSpec) launchMemory() (bytes int64) {
 	for _, text := range slices.Concat(spec.argv, spec.env) {
 		bytes += int64(len(text)) + 16
 	}
-	if n := int64(1 + strings.Count(searchPath(spec.path), ":")); !strings.Contains(spec.argv[0], "/") {
+	if isSearched(spec.argv[0]) {
+		n := int64(1 + strings.Count(searchPath(spec.path), ":"))
 		bytes += 2*(n*int64(len(spec.argv[0])+2)+int64(len(spec.path))) + n*int64(unsafe.Sizeof(step{})+32)
 	}
 	return bytes
@@ -506,16 +507,19 @@ func isText(dir, path string) bool {
 
 // candidates are the paths to try for a command, relative to the child's directory (execvp(3)).
 func candidates(cmd, path string) (paths []string) {
-	if cmd == "" || strings.Contains(cmd, "/") {
-		return []string{cmd}
-	}
-	if len(cmd) > unix.NAME_MAX {
+	if len(cmd) > unix.NAME_MAX && !strings.Contains(cmd, "/") {
 		return []string{"/" + cmd} // no directory has such a file: the kernel says so at once
+	} else if !isSearched(cmd) {
+		return []string{cmd}
 	}
 	for dir := range strings.SplitSeq(searchPath(path), ":") {
 		paths = append(paths, cmp.Or(dir, ".")+"/"+cmd)
 	}
 	return paths
+}
+
+func isSearched(cmd string) bool {
+	return cmd != "" && len(cmd) <= unix.NAME_MAX && !strings.Contains(cmd, "/")
 }
 
 // searchPath is as much of the variable PATH as execve(2) takes.
