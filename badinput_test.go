@@ -371,16 +371,13 @@ func TestConfigurationsWithoutSense(t *testing.T) {
 			t.Errorf("cwd %.20q: %v, want invalid_argument", cwd, err)
 		}
 	}
-	long := strings.Repeat("t", maxTag)
+	long := strings.Repeat("t", 100<<10)
 	s := d.start(t, argv("cat"), withTag(long))
 	if err := d.sendStdin(t, byTag(long), "by a long tag\n"); err != nil {
 		t.Error(err)
 	}
 	s.readUntil(t, "by a long tag\n")
 	d.kill(t, s.pid)
-	if err := d.startError(t, argv("cat"), withTag(long+"t")); err.Code() != connect.CodeInvalidArgument { // it would be kept for long
-		t.Errorf("a tag of %d bytes: %v", maxTag+1, err)
-	}
 	// A variable that no process can be started with is refused, not kept: it would spoil every later Start.
 	for _, body := range []string{`{"envVars":{"A\u0000":"b"}}`, `{"envVars":{"GOOD":"1","C":"d\u0000"}}`} {
 		wantEnvelope(t, "/init "+body, d.request(t, "POST", "/init", body), http.StatusBadRequest, "")

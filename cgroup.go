@@ -1,7 +1,8 @@
 // cgroup v2: a leaf for each started process, so that what it starts can be killed, counted and limited as a whole.
 //
 // Leaves lie in the groups `user` and `ptys` below the root. Making one costs far more than looking whether it is empty, so
-// they are used again. Controllers may be missing one by one; where there is no cgroup2, or the kernel cannot clone into
+// they are used again. A leaf in which background children are left is looked at no more until the kernel tells that it is empty:
+// inotify(7) on its cgroup.events, one descriptor for all. Its files are opened when they are read. Controllers may be missing one by one; where there is no cgroup2, or the kernel cannot clone into
 // it, there are no leaves and process groups serve instead. Source: Documentation/admin-guide/cgroup-v2.rst.
 // Kernel: cgroup.freeze since 5.2, CLONE_INTO_CGROUP since 5.7, cgroup.kill since 5.14.
 
@@ -9,6 +10,7 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -34,11 +36,13 @@ type cgroups struct {
 	root string
 	own  bool // the root was made by this daemon and goes with it
 
-	mu     sync.Mutex // protects what follows, and every leaf
-	next   int
-	idle   map[string][]*cgroupLeaf // by group
-	filled []*cgroupLeaf            // released while background children were in them
-	thawed chan struct{}            // closed by the thaw; nil while the groups are not frozen
+	mu      sync.Mutex // protects what follows, and every leaf
+	next    int
+	idle    map[string][]*cgroupLeaf // by group
+	filled  map[int]*cgroupLeaf      // released while background children were in them, by their inotify watch
+	askable []*cgroupLeaf            // the same, where no watch was to be had
+	notices int                      // inotify descriptor, or -1
+	thawed  chan struct{}            // closed by the thaw; nil while the groups are not frozen
 }
 
 // cgroupLeaf is one process's use of a leaf.
@@ -46,10 +50,8 @@ type cgroupLeaf struct {
 	groups    *cgroups
 	group     string
 	path      string
-	fd        int    // for CLONE_INTO_CGROUP
-	events    int    // cgroup.events
-	memEvents int    // memory.events, -1 without the memory controller
-	memPeak   int    // memory.peak
+	dir       int    // for CLONE_INTO_CGROUP, -1 but during the start
+	peak      int    // memory.peak, -1 in a leaf's first use: it is reset for one descriptor alone
 	oomBefore uint64 // count of OOM kills at the start of this use
 	killed    bool   // had a cgroup.kill
 	left      bool   // the last process has gone, and the directory may serve another
@@ -76,7 +78,11 @@ func openCgroups(root string) (*cgroups, error) {
 			}
 		}
 	}
-	return &cgroups{root: root, idle: map[string][]*cgroupLeaf{}}, nil
+	notices, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		slog.Warn("which cgroups become empty is asked, not told", "logger", "cgroup", "error", os.NewSyscallError("inotify_init1", err))
+	}
+	return &cgroups{root: root, idle: map[string][]*cgroupLeaf{}, filled: map[int]*cgroupLeaf{}, notices: notices}, nil
 }
 
 // limit bounds what started processes take from the machine, as far as its kernel has the means. The agent itself stays in
@@ -171,11 +177,14 @@ func (g *cgroups) acquire(terminal bool) *cgroupLeaf {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.recycleLocked()
-	if last := len(g.idle[group]) - 1; last >= 0 {
+	g.collectLocked()
+	for last := len(g.idle[group]) - 1; last >= 0; last-- {
 		l := g.idle[group][last]
 		g.idle[group] = g.idle[group][:last]
-		return l
+		if l.reopen() == nil {
+			return l
+		}
+		l.remove() // somebody else may have done so
 	}
 	l, err := g.makeLocked(group)
 	if err != nil {
@@ -185,7 +194,7 @@ func (g *cgroups) acquire(terminal bool) *cgroupLeaf {
 }
 
 func (g *cgroups) makeLocked(group string) (_ *cgroupLeaf, err error) {
-	l := &cgroupLeaf{groups: g, group: group}
+	l := &cgroupLeaf{groups: g, group: group, dir: -1, peak: -1}
 	for err = fs.ErrExist; errors.Is(err, fs.ErrExist); g.next++ { // a leaf of an earlier daemon may still be in use
 		l.path = filepath.Join(g.root, group, strconv.Itoa(g.next))
 		err = os.Mkdir(l.path, 0o755)
@@ -193,19 +202,47 @@ func (g *cgroups) makeLocked(group string) (_ *cgroupLeaf, err error) {
 	if err != nil {
 		return nil, err
 	}
-	var failure error
-	l.fd, err = unix.Open(l.path, unix.O_DIRECTORY|unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	l.events, failure = unix.Open(l.path+"/cgroup.events", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	l.memPeak, _ = unix.Open(l.path+"/memory.peak", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	err = errors.Join(err, failure)
-	if l.memEvents, failure = unix.Open(l.path+"/memory.events", unix.O_RDONLY|unix.O_CLOEXEC, 0); failure != unix.ENOENT {
-		err = errors.Join(err, failure)
-	}
-	if err != nil {
+	if l.dir, err = l.open("", unix.O_DIRECTORY|unix.O_RDONLY); err != nil {
 		l.remove()
 		return nil, err
 	}
 	return l, nil
+}
+
+// reopen makes an empty leaf ready for its next use. memory.peak can be reset since 6.12.
+func (l *cgroupLeaf) reopen() (err error) {
+	if l.dir, err = l.open("", unix.O_DIRECTORY|unix.O_RDONLY); err != nil {
+		return err
+	}
+	if l.peak, err = l.open("/memory.peak", unix.O_RDWR); err == nil {
+		_, err = unix.Pwrite(l.peak, []byte("0"), 0)
+	} else if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	l.oomBefore = l.oomKills()
+	return err
+}
+
+func (l *cgroupLeaf) open(file string, flags int) (int, error) {
+	fd, err := unix.Open(l.path+file, flags|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, &os.PathError{Op: "open", Path: l.path + file, Err: err}
+	}
+	return fd, nil
+}
+
+// launched says that nothing more is cloned into the leaf.
+func (l *cgroupLeaf) launched() {
+	if l != nil {
+		closeOnce(&l.dir)
+	}
+}
+
+func closeOnce(fd *int) {
+	if *fd >= 0 {
+		unix.Close(*fd)
+	}
+	*fd = -1
 }
 
 // release takes a leaf back. One that still holds processes is kept aside until it is empty.
@@ -215,32 +252,67 @@ func (g *cgroups) release(l *cgroupLeaf) {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.filled = append(g.filled, l)
-	g.recycleLocked()
+	closeOnce(&l.dir)
+	closeOnce(&l.peak)
+	if l.empty() {
+		g.recycleLocked(l)
+		return
+	}
+	watch, err := unix.InotifyAddWatch(g.notices, l.path+"/cgroup.events", unix.IN_MODIFY)
+	if err != nil {
+		g.askable = append(g.askable, l)
+		return
+	}
+	g.filled[watch] = l
+	g.lookLocked(watch) // it may have become empty before it was watched
 }
 
-// recycleLocked makes empty directories ready for their next use. memory.peak can be reset since 6.12. Linux 6.18 kills
-// whatever is cloned into a cgroup that was ever killed: it compares the kill counts of two different cgroups.
-func (g *cgroups) recycleLocked() {
-	g.filled = slices.DeleteFunc(g.filled, func(l *cgroupLeaf) bool {
-		if !l.empty() {
-			return false
+// collectLocked takes in the leaves that have become empty. Of those that nobody tells about it asks one, in turn.
+func (g *cgroups) collectLocked() {
+	var buf [4096]byte
+	for {
+		n, _ := unix.Read(g.notices, buf[:])
+		for rest := buf[:max(n, 0)]; len(rest) >= unix.SizeofInotifyEvent; rest = rest[unix.SizeofInotifyEvent:] { // no event has a name
+			watch, mask := int(int32(binary.NativeEndian.Uint32(rest))), binary.NativeEndian.Uint32(rest[4:])
+			if mask&unix.IN_Q_OVERFLOW == 0 {
+				g.lookLocked(watch)
+				continue
+			}
+			for watch := range g.filled {
+				g.lookLocked(watch)
+			}
 		}
-		l.left = true
-		reusable := len(g.idle[l.group]) < leafPool && !l.killed
-		if reusable && l.memPeak >= 0 {
-			_, err := unix.Pwrite(l.memPeak, []byte("0"), 0)
-			reusable = err == nil
+		if n <= 0 {
+			break
 		}
-		if !reusable {
-			l.remove()
-			return true
+	}
+	if len(g.askable) > 0 {
+		first := g.askable[0]
+		if g.askable = g.askable[1:]; first.empty() {
+			g.recycleLocked(first)
+		} else {
+			g.askable = append(g.askable, first)
 		}
-		next := *l
-		next.left, next.oomBefore = false, l.oomKills()
-		g.idle[l.group] = append(g.idle[l.group], &next)
-		return true
-	})
+	}
+}
+
+func (g *cgroups) lookLocked(watch int) {
+	if l := g.filled[watch]; l != nil && l.empty() {
+		unix.InotifyRmWatch(g.notices, uint32(watch))
+		delete(g.filled, watch)
+		g.recycleLocked(l)
+	}
+}
+
+// recycleLocked keeps an empty leaf for its next use, or removes it. Linux 6.18 kills whatever is cloned into a cgroup that was
+// ever killed: it compares the kill counts of two different cgroups.
+func (g *cgroups) recycleLocked(l *cgroupLeaf) {
+	l.left = true
+	if len(g.idle[l.group]) >= leafPool || l.killed {
+		l.remove()
+		return
+	}
+	g.idle[l.group] = append(g.idle[l.group], &cgroupLeaf{groups: g, group: l.group, path: l.path, dir: -1, peak: -1})
 }
 
 // freeze stops every process in the groups, or lets them go on. SIGKILL reaches a frozen process.
@@ -320,23 +392,35 @@ func (g *cgroups) close() {
 }
 
 func (l *cgroupLeaf) remove() {
-	for _, fd := range []int{l.fd, l.events, l.memEvents, l.memPeak} {
-		if fd >= 0 {
-			unix.Close(fd)
-		}
-	}
+	closeOnce(&l.dir)
+	closeOnce(&l.peak)
 	syscall.Rmdir(l.path)
 }
 
-// readLeafFile gives "" for what is not there, or no more.
-func readLeafFile(fd int) string {
+// read gives what a file of the leaf holds.
+func (l *cgroupLeaf) read(file string) (string, error) {
+	fd, err := l.open(file, unix.O_RDONLY)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(fd)
+	return readLeafFile(fd)
+}
+
+func readLeafFile(fd int) (string, error) {
 	var buf [256]byte
-	n, _ := unix.Pread(fd, buf[:], 0)
-	return string(buf[:max(n, 0)])
+	n, err := unix.Pread(fd, buf[:], 0)
+	return string(buf[:max(n, 0)]), err
 }
 
 // empty tells whether no process is left here or below.
-func (l *cgroupLeaf) empty() bool { return !strings.Contains(readLeafFile(l.events), "populated 1") }
+func (l *cgroupLeaf) empty() bool {
+	text, err := l.read("/cgroup.events")
+	if err != nil {
+		return errors.Is(err, fs.ErrNotExist) || err == unix.ENODEV // removed; else there may be no descriptor
+	}
+	return !strings.Contains(text, "populated 1")
+}
 
 // signal reaches every process of the leaf; ok is false when there is none, or no leaf. SIGKILL takes all at once, those
 // that are just being forked included.
@@ -385,19 +469,50 @@ func (l *cgroupLeaf) pids() (pids []int) {
 	return pids
 }
 
+// killTracer kills the process that traces pid, if it is one of the leaf: then it is part of what has been started.
+func (l *cgroupLeaf) killTracer(pid, tracer int) {
+	if l == nil {
+		return
+	}
+	process := statusNumber(tracer, "Tgid") // a tracer is a thread
+	fd, err := unix.PidfdOpen(process, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	if slices.Contains(l.pids(), process) && statusNumber(pid, "TracerPid") == tracer {
+		unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+	}
+}
+
+// statusNumber reads a field of /proc/PID/status; 0 if there is none.
+func statusNumber(pid int, field string) (n int) {
+	text, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
+	_, value, _ := strings.Cut(string(text), "\n"+field+":")
+	fmt.Sscan(value, &n)
+	return n
+}
+
 // memory tells, of a leaf that has not been released, whether the OOM killer struck in it, and the most bytes that it held
 // at once; 0 where the kernel does not count.
 func (l *cgroupLeaf) memory() (oomKilled bool, peak uint64) {
 	if l == nil {
 		return false, 0
 	}
-	peak, _ = strconv.ParseUint(strings.TrimSpace(readLeafFile(l.memPeak)), 10, 64)
+	var text string
+	if l.peak >= 0 {
+		text, _ = readLeafFile(l.peak)
+	} else {
+		text, _ = l.read("/memory.peak")
+	}
+	peak, _ = strconv.ParseUint(strings.TrimSpace(text), 10, 64)
 	return l.oomKills() > l.oomBefore, peak
 }
 
 // oomKills is a counter that never goes back.
 func (l *cgroupLeaf) oomKills() uint64 {
-	_, count, _ := strings.Cut(readLeafFile(l.memEvents), "oom_kill ")
+	text, _ := l.read("/memory.events")
+	_, count, _ := strings.Cut(text, "oom_kill ")
 	count, _, _ = strings.Cut(count, "\n")
 	n, _ := strconv.ParseUint(count, 10, 64)
 	return n

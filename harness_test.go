@@ -1199,6 +1199,8 @@ func execPrepared(args []string) {
 			syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
 			limit.Cur = uint64(number)
 			err = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit)
+		case "nofile-max": // both limits
+			err = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: uint64(number), Max: uint64(number)})
 		case "netns": // PATH
 			err = enterNetns(args[1])
 		case "no-netlink": // PROTOCOL

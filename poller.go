@@ -8,8 +8,10 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -96,3 +98,27 @@ func (p *poller) run() {
 		}
 	})
 }
+
+// descriptors counts those that processes hold, their clients' connections included. The rest of what the daemon may open is for
+// accepting and answering, and for files: without it nobody would be told why nothing is started any more.
+type descriptors struct{ held atomic.Int64 }
+
+const (
+	descriptorReserve     = 64 // at least, and a quarter of the limit
+	descriptorsUncounted  = 1 << 20
+	descriptorsOfAProcess = 6 // its three streams, a pidfd, its leaf's memory.peak, the connection of its client
+	descriptorsOfAStart   = 4 // while it lasts: the process's ends of its streams, the leaf
+)
+
+func (d *descriptors) take(n int64) error {
+	var limit unix.Rlimit
+	unix.Getrlimit(unix.RLIMIT_NOFILE, &limit)
+	most := int64(min(limit.Cur, descriptorsUncounted))
+	if d.held.Add(n) <= most-max(most/4, descriptorReserve) {
+		return nil
+	}
+	d.held.Add(-n)
+	return fmt.Errorf("%w: processes hold as many as they may (three quarters of RLIMIT_NOFILE, which is %d)", unix.EMFILE, most)
+}
+
+func (d *descriptors) give(n int64) { d.held.Add(-n) }

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -31,7 +32,11 @@ import (
 	pb "envd/proto"
 )
 
-const maxTag = 4 << 10 // bytes
+// What a process costs, in bytes, as long as it is known, and each text that List tells of it beside its length.
+const (
+	processMemory = 1 << 10
+	textMemory    = 64
+)
 
 type processOptions struct {
 	endSilence, endGrace    time.Duration
@@ -55,7 +60,8 @@ type processService struct {
 	streams  *atomic.Int64 // open ones, those of other services included
 	onStart  func()
 
-	running atomic.Int64 // processes, those being started among them
+	running     atomic.Int64 // processes, those being started among them
+	descriptors descriptors
 
 	mu    sync.Mutex // protects what follows and each process's exited
 	byPid map[uint32]*process
@@ -63,8 +69,10 @@ type processService struct {
 }
 
 type process struct {
-	config   *pb.ProcessConfig
+	config   *pb.ProcessConfig // nil once it has exited
 	tag      *string
+	memory   *grant // for the config, the tag and this
+	held     int64  // descriptors until it exits, beside its outputs, which each give back their own
 	pid      uint32
 	child    *child
 	log      *outputLog
@@ -97,19 +105,70 @@ func (s *processService) forgetLocked(p *process) {
 	if s.byPid[p.pid] == p {
 		delete(s.byPid, p.pid)
 	}
+	p.memory.close()
 	p.log.forget()
 }
 
-func (s *processService) List(context.Context, *connect.Request[pb.ListRequest]) (*connect.Response[pb.ListResponse], error) {
+// List takes memory for the encoded answer, which grows while it is made, before it returns.
+func (s *processService) List(ctx context.Context, _ *connect.Request[pb.ListRequest]) (*connect.Response[pb.ListResponse], error) {
+	res, size := s.listed()
+	if err := requestOf(ctx).memory.take(ctx, 2*size); err != nil {
+		return nil, memoryError(err)
+	}
+	return connect.NewResponse(res), nil
+}
+
+func (s *processService) listed() (res *pb.ListResponse, size int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	res := &pb.ListResponse{}
+	res = &pb.ListResponse{}
 	for _, p := range s.byPid {
 		if !p.exited {
 			res.Processes = append(res.Processes, &pb.ProcessInfo{Config: p.config, Pid: p.pid, Tag: p.tag})
+			size += p.memory.holds()
 		}
 	}
-	return connect.NewResponse(res), nil
+	return res, size
+}
+
+// memoryError is the wire error for what there is no memory for.
+func memoryError(err error) error {
+	if refused := (*budgetError)(nil); errors.As(err, &refused) {
+		return wireError(connect.CodeResourceExhausted, "%w", err)
+	}
+	return err
+}
+
+// keep takes the memory of a process that is to be started. Where a little is lacking, ended ones are forgotten, the oldest first.
+func (s *processService) keep(size int64) (*grant, error) {
+	memory := s.budget.grant(forProcesses)
+	for {
+		err := memory.tryTake(size)
+		if err == nil {
+			return memory, nil
+		}
+		s.mu.Lock()
+		none := len(s.ended) == 0 || size > grantSmall
+		if !none {
+			s.forgetLocked(s.ended[0])
+		}
+		s.mu.Unlock()
+		if none {
+			return nil, memoryError(err)
+		}
+	}
+}
+
+// configMemory is what List tells of a process.
+func configMemory(config *pb.ProcessConfig) (bytes int64) {
+	bytes = int64(len(config.GetCmd()) + len(config.GetCwd()))
+	for _, arg := range config.GetArgs() {
+		bytes += int64(len(arg)) + textMemory
+	}
+	for name, value := range config.GetEnvs() {
+		bytes += int64(len(name)+len(value)) + 2*textMemory
+	}
+	return bytes
 }
 
 func (s *processService) Start(ctx context.Context, req *connect.Request[pb.StartRequest], stream *connect.ServerStream[pb.StartResponse]) error {
@@ -244,6 +303,9 @@ func (s *processService) plan(ctx context.Context, req *pb.StartRequest) (*spawn
 	if err != nil {
 		return nil, wireError(connect.CodeUnauthenticated, "%w", err)
 	}
+	if slices.Contains(append([]uint32{user.uid, user.gid}, user.groups...), math.MaxUint32) {
+		return nil, wireError(connect.CodeUnauthenticated, "user '%s' has an id that is none: %d", user.name, uint32(math.MaxUint32))
+	}
 	if euid := os.Geteuid(); euid != 0 && uint32(euid) != user.uid {
 		return nil, wireError(connect.CodePermissionDenied,
 			"cannot act as user '%s': envd runs as uid %d and can start processes only for it", user.name, euid)
@@ -266,7 +328,12 @@ func (s *processService) plan(ctx context.Context, req *pb.StartRequest) (*spawn
 			return nil, startError(req, dir, errors.New("a NUL byte in the command, its arguments, variables or directory"))
 		}
 	}
-	return spec, ctx.Err()
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	memory := s.budget.grant(forRequests)
+	spec.closed = memory.close
+	return spec, memoryError(memory.take(ctx, spec.launchMemory()))
 }
 
 // start starts a request's process and subscribes to all of its output.
@@ -275,17 +342,22 @@ func (s *processService) start(ctx context.Context, req *pb.StartRequest) (_ *pr
 	if err != nil {
 		return nil, nil, err
 	}
-	if len(req.GetTag()) > maxTag {
-		return nil, nil, wireError(connect.CodeInvalidArgument, "the tag has %d bytes, at most %d are kept", len(req.GetTag()), maxTag)
+	memory, err := s.keep(processMemory + int64(len(req.GetTag())) + configMemory(req.Process))
+	if err != nil {
+		spec.close()
+		return nil, nil, err
 	}
-	p := &process{config: req.Process, tag: req.Tag, terminal: req.Pty != nil, log: s.memory.newLog(),
+	p := &process{config: req.Process, tag: req.Tag, memory: memory, terminal: req.Pty != nil, log: s.memory.newLog(),
 		started: time.Now(), eof: make(chan struct{})}
 	// Subscribed before anything runs: no byte is older than the stream.
 	sub := p.log.subscribe(0, requestOf(ctx).breakStream)
 	if s.running.Add(1) > int64(s.maxProcesses) {
 		err = errTooManyProcesses
-	} else if err = p.openFiles(req, spec, s.poller); err != nil {
-		spec.closeFds()
+	} else {
+		err = s.openFiles(p, req, spec)
+	}
+	if err != nil {
+		spec.close()
 	} else {
 		p.child, err = s.spawner.start(ctx, spec)
 	}
@@ -293,6 +365,8 @@ func (s *processService) start(ctx context.Context, req *pb.StartRequest) (_ *pr
 		s.running.Add(-1)
 		sub.detach()
 		p.input.close()
+		s.descriptors.give(p.held)
+		p.memory.close()
 		p.log.finish()
 		p.log.forget()
 		return nil, nil, startError(req, spec.dir, err)
@@ -359,15 +433,28 @@ func startError(req *pb.StartRequest, dir string, err error) error {
 }
 
 // openFiles makes the process's side of stdin, stdout and stderr, or its terminal, and the daemon's side of them.
-func (p *process) openFiles(req *pb.StartRequest, spec *spawnSpec, poller *poller) (err error) {
+func (s *processService) openFiles(p *process, req *pb.StartRequest, spec *spawnSpec) (err error) {
+	if err := s.descriptors.take(descriptorsOfAProcess + descriptorsOfAStart); err != nil {
+		return err
+	}
+	p.held = descriptorsOfAProcess
+	freeMemory := spec.closed
+	spec.closed = func() {
+		freeMemory()
+		s.descriptors.give(descriptorsOfAStart)
+	}
 	output := func(kind outputKind, fd int) error {
-		out, err := newOutputPipe(kind, fd, p.log, poller, func() {
+		p.open.Add(1)
+		out, err := newOutputPipe(kind, fd, p.log, s.poller, func() {
+			s.descriptors.give(1)
 			if p.open.Add(-1) == 0 {
 				close(p.eof)
 			}
 		})
-		p.outputs = append(p.outputs, out)
-		p.open.Add(1)
+		if err == nil {
+			p.outputs = append(p.outputs, out)
+			p.held-- // it is given back at the output's end
+		}
 		return err
 	}
 	if size := req.Pty.GetSize(); req.Pty != nil {
@@ -391,6 +478,8 @@ func (p *process) openFiles(req *pb.StartRequest, spec *spawnSpec, poller *polle
 		if spec.fds[0], err = unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
 			return &os.PathError{Op: "open", Path: "/dev/null", Err: err}
 		}
+		s.descriptors.give(1)
+		p.held--
 	} else if spec.fds[0], ours, err = pipe(spec.user); err != nil {
 		return err
 	} else {
@@ -417,8 +506,10 @@ func (s *processService) hasExited(p *process) {
 		out.drain()
 	}
 	s.mu.Lock()
+	p.memory.give(configMemory(p.config))
 	p.exited, p.config = true, nil // which may be large
 	s.running.Add(-1)
+	s.descriptors.give(p.held)
 	if s.ended = append(s.ended, p); len(s.ended) > s.retainCount {
 		s.forgetLocked(s.ended[0])
 	}
@@ -473,10 +564,13 @@ func (s *processService) linger(p *process) {
 // endEvent tells how a process ended, in the words of Go's os.ProcessState.
 func endEvent(c *child) *pb.ProcessEvent_EndEvent {
 	end := &pb.ProcessEvent_EndEvent{ExitCode: -1}
-	if c.status.Exited() {
+	switch {
+	case c.status.Exited():
 		end.ExitCode, end.Exited = int32(c.status.ExitStatus()), true
 		end.Status = "exit status " + strconv.Itoa(c.status.ExitStatus())
-	} else {
+	case c.status == statusUnknown:
+		end.Status = "unknown: a tracer keeps it"
+	default:
 		end.Signal = int32(c.status.Signal())
 		end.Status = "signal: " + c.status.Signal().String()
 		if c.status.CoreDump() {

@@ -7,6 +7,10 @@
 // daemon's memory until it execs, so it must not run Go code: vfork_$GOARCH.s makes the system calls of a list prepared
 // beforehand, in registers alone, and notes each result where the daemon finds it. What hangs costs one of launchesMax threads.
 //
+// No thread waits for the end of a process: the poller tells that it is dead, and then wait4(2) is asked. A tracer, which is
+// anybody of the same uid, comes first and may keep a dead process for as long as it likes (ptrace(2)): such a child is looked
+// at again from time to time, and after a while it has ended for its clients all the same.
+//
 // What the shared memory does not lend: a child that has changed its uid cannot be traced by that uid before exec, since
 // changing credentials makes the memory undumpable (ptrace(2), "ptrace access mode checking"; not with fs.suid_dumpable at
 // 1, which is for debugging, and SECURITY.md has a word on 2).
@@ -25,6 +29,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -40,6 +45,8 @@ type step struct {
 	nr     uintptr
 	arg    [4]uintptr
 	passes uint64 // bit N: error N (modulo 64) does not end the child, the next step is tried
+	want   uintptr
+	mask   uintptr // the bits in which the result must be as want, or the child ends
 	result uintptr
 }
 
@@ -52,6 +59,13 @@ const (
 	launchHangs = 100 * time.Millisecond // a start that takes longer hangs, and another has its slot
 	launchesMax = 272                    // starts at once, those that hang among them
 	childNofile = 1024                   // soft limit of open files that programs expect; the Go runtime has raised the daemon's own
+
+	zombiePatience = 5 * time.Second // a tracer's, to let go of a dead child
+	killPatience   = time.Second     // the same after a kill
+	firstLook      = 10 * time.Millisecond
+	lastLook       = time.Second // intervals of looking at a child that cannot be reaped yet: they double
+
+	statusUnknown = syscall.WaitStatus(0x7f) // of a child whose tracer keeps it: what wait(2) has for a stop, which is no end
 )
 
 // Constants of the child's first steps. Package variables never move.
@@ -76,9 +90,24 @@ type spawnSpec struct {
 	user      account
 	fds       [3]int // become 0 to 2; closed by start
 	terminal  bool   // fds[0], the same as the others, becomes the controlling terminal
+	closed    func() // called by close: what the start held is free again
 }
 
-func (spec *spawnSpec) closeFds() {
+// launchMemory is what starting takes beside the spec, in bytes: the texts once more as C has them, the candidates twice.
+func (spec *spawnSpec) launchMemory() (bytes int64) {
+	for _, text := range slices.Concat(spec.argv, spec.env) {
+		bytes += int64(len(text)) + 16
+	}
+	if isSearched(spec.argv[0]) {
+		n := int64(1 + strings.Count(searchPath(spec.path), ":"))
+		bytes += 2*(n*int64(len(spec.argv[0])+2)+int64(len(spec.path))) + n*int64(unsafe.Sizeof(step{})+32)
+	}
+	return bytes
+}
+
+// close is called once, by start if it has been called.
+func (spec *spawnSpec) close() {
+	defer spec.closed()
 	for i, fd := range spec.fds {
 		if fd >= 0 && !slices.Contains(spec.fds[:i], fd) {
 			syscall.Close(fd)
@@ -88,15 +117,21 @@ func (spec *spawnSpec) closeFds() {
 
 // child is a process that is being started, runs or has been reaped.
 type child struct {
-	leaf   *cgroupLeaf  // nil: it is in the daemon's cgroup
-	pid    atomic.Int32 // written by the kernel as the process is made, before it runs; 0 until then
-	doomed atomic.Bool  // nobody waits for its start any more
+	leaf   *cgroupLeaf        // nil: it is in the daemon's cgroup
+	pid    atomic.Int32       // written by the kernel as the process is made, before it runs; 0 until then
+	doomed atomic.Bool        // nobody waits for its start any more
+	failed syscall.WaitStatus // as a shell would have it, where the command could not be executed; else 0
 
-	// Protected by spawner.mu until the child has been reaped:
-	reaped bool
-	status syscall.WaitStatus
-	usage  syscall.Rusage
-	end    time.Time
+	// Protected by spawner.mu; the last three do not change any more once the child has ended:
+	reaped  bool      // its pid may be another process's
+	ended   bool      // for its clients: reaped, or kept by a tracer for too long
+	looking bool      // look calls itself
+	killed  time.Time // when it was sent SIGKILL; zero: it was not
+	dead    time.Time // when it was first seen dead and not to be had; zero: it was not
+	exited  func()    // to be called when it has ended; nil before awaitExit and after the call
+	status  syscall.WaitStatus
+	usage   syscall.Rusage
+	end     time.Time
 }
 
 var (
@@ -120,37 +155,120 @@ func newSpawner(launchTimeout time.Duration, p *poller) *spawner {
 		launches: make(chan struct{}, launchesMax), children: map[*child]struct{}{}}
 }
 
-// awaitExit calls exited, as a rule on the poller's goroutine, once the child has been reaped.
+// awaitExit calls exited, as a rule on the poller's goroutine, once the child has ended.
 func (s *spawner) awaitExit(c *child, exited func()) {
-	w := &watch{fd: -1}
+	s.mu.Lock()
+	c.exited = exited
+	s.mu.Unlock()
+	if s.reap(c) { // else its pid may be somebody else's by now
+		s.tell(c)
+		return
+	}
+	fd, err := unix.PidfdOpen(int(c.pid.Load()), 0)
+	w := &watch{fd: fd}
 	w.ready = func() {
 		s.poller.remove(w)
-		if s.reap(c) {
-			exited()
-			return
-		}
-		go func() { // its tracer comes first, see ptrace(2), or nobody else waits for it: this child costs a thread
-			s.wait(c)
-			exited()
-		}()
+		s.look(c, firstLook)
 	}
-	if !s.reap(c) { // else its pid may be somebody else's by now
-		var err error
-		if w.fd, err = unix.PidfdOpen(int(c.pid.Load()), 0); err == nil && s.poller.add(w) == nil {
-			return
-		}
-		unix.Close(w.fd) // no descriptor was to be had, or this is a kernel before 5.3
+	if err == nil && s.poller.add(w) == nil {
+		return
 	}
-	w.ready()
+	unix.Close(fd) // no descriptor was to be had
+	s.look(c, firstLook)
 }
 
-func (s *spawner) wait(c *child) {
-	for !s.reap(c) {
-		if err := unix.Waitid(unix.P_PID, int(c.pid.Load()), nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil && err != unix.EINTR {
-			s.reap(c) // whoever took it holds the lock until the status is there
-			return
-		}
+// look reaps a child that is dead. Where that cannot be done yet, because its tracer comes first, it looks again and again.
+func (s *spawner) look(c *child, interval time.Duration) {
+	reaped := s.reap(c)
+	if tracer := s.endUnreaped(c); tracer != 0 {
+		c.leaf.killTracer(int(c.pid.Load()), tracer)
 	}
+	s.tell(c)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if reaped || c.looking {
+		return
+	}
+	c.looking = true
+	time.AfterFunc(interval, func() {
+		s.mu.Lock()
+		c.looking = false
+		s.mu.Unlock()
+		s.look(c, min(2*interval, lastLook))
+	})
+}
+
+// tell calls exited once.
+func (s *spawner) tell(c *child) {
+	s.mu.Lock()
+	exited := c.exited
+	if !c.ended || exited == nil {
+		s.mu.Unlock()
+		return
+	}
+	c.exited = nil
+	s.mu.Unlock()
+	exited()
+}
+
+// endUnreaped ends a child for its clients that has a tracer which does not let go of it. It keeps its pid until it can be
+// reaped after all. The tracer is returned.
+func (s *spawner) endUnreaped(c *child) (tracer int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c.reaped || c.ended {
+		return 0
+	}
+	pid, now := int(c.pid.Load()), time.Now()
+	stat, tracer := readStat(pid), statusNumber(pid, "TracerPid")
+	killed := !c.killed.IsZero() && now.Sub(c.killed) >= killPatience
+	if dead := stat.state == 'Z' && stat.threads <= 1; !dead {
+		c.dead = time.Time{}
+	} else if c.dead.IsZero() {
+		c.dead = now
+	}
+	switch {
+	case !c.dead.IsZero() && now.Sub(c.dead) >= zombiePatience:
+	case killed && (stat.state == 'Z' || tracer != 0): // it may be stopped on its way out, too, or a thread of it is what is traced
+	default:
+		return 0
+	}
+	if stat.state != 'Z' {
+		stat.status = syscall.WaitStatus(syscall.SIGKILL)
+	}
+	c.endLocked(stat.status, stat.usage)
+	return tracer
+}
+
+// endLocked says how a child has ended, unless that has been said.
+func (c *child) endLocked(status syscall.WaitStatus, usage syscall.Rusage) {
+	if !c.ended {
+		c.status, c.usage, c.end, c.ended = cmp.Or(c.failed, status), usage, time.Now(), true
+	}
+}
+
+// procStat is what /proc/PID/stat tells of a dead process.
+type procStat struct {
+	state   byte
+	threads int
+	status  syscall.WaitStatus
+	usage   syscall.Rusage // processor times
+}
+
+func readStat(pid int) (stat procStat) {
+	text, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:])) // from the third on, proc_pid_stat(5)
+	if len(fields) < 50 {
+		return stat
+	}
+	number := func(field int) int64 { n, _ := strconv.ParseInt(fields[field-3], 10, 64); return n }
+	stat.state, stat.threads, stat.status = fields[0][0], int(number(20)), syscall.WaitStatus(number(52))
+	if stat.status == 0 && os.Geteuid() != 0 { // also what the kernel says to whom it does not want to tell
+		stat.status = statusUnknown
+	}
+	const tick = 10 * 1000 * 1000 // nanoseconds; USER_HZ is 100 on both architectures
+	stat.usage.Utime, stat.usage.Stime = syscall.NsecToTimeval(number(14)*tick), syscall.NsecToTimeval(number(15)*tick)
+	return stat
 }
 
 // reap takes the status of a child that is dead, or of any, without one, and tells whether it has it.
@@ -166,6 +284,9 @@ func (s *spawner) reap(c *child) bool {
 	var status syscall.WaitStatus
 	var usage syscall.Rusage
 	pid, err := syscall.Wait4(which, &status, syscall.WNOHANG, &usage)
+	if c != nil && err == syscall.ECHILD { // nobody knows how it ended
+		pid, err, status = which, nil, statusUnknown
+	}
 	if err != nil || pid <= 0 {
 		return false
 	}
@@ -178,9 +299,23 @@ func (s *spawner) reap(c *child) bool {
 	}
 	if c != nil {
 		delete(s.children, c)
-		c.status, c.usage, c.end, c.reaped = status, usage, time.Now(), true
+		c.reaped = true
+		c.endLocked(status, usage)
 	}
 	return true
+}
+
+// disown leaves what a child was until now to itself, so that c can stand for the next attempt.
+func (s *spawner) disown(c *child) {
+	s.mu.Lock()
+	rest := &child{reaped: c.reaped, ended: c.ended}
+	rest.pid.Store(c.pid.Swap(0))
+	delete(s.children, c)
+	if !rest.reaped {
+		s.children[rest] = struct{}{}
+	}
+	s.mu.Unlock()
+	s.awaitExit(rest, func() {})
 }
 
 // reapOrphans is init's duty: it takes the status of every process that has lost its parent. The children of envd among
@@ -209,7 +344,7 @@ func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
 		}
 	}
 	if err != nil {
-		spec.closeFds()
+		spec.close()
 		return nil, err
 	}
 	c, launched := &child{}, make(chan error, 1)
@@ -222,7 +357,8 @@ func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
 			<-s.slots
 		}
 		<-s.launches
-		spec.closeFds()
+		spec.close()
+		c.leaf.launched()
 		if err != nil {
 			s.cgroups.release(c.leaf)
 		}
@@ -251,8 +387,7 @@ func (s *spawner) start(ctx context.Context, spec *spawnSpec) (*child, error) {
 			case err := <-launched:
 				if err == nil { // it came to be all the same
 					s.signal(c, syscall.SIGKILL)
-					s.wait(c)
-					s.cgroups.release(c.leaf)
+					s.awaitExit(c, func() { s.cgroups.release(c.leaf) })
 				}
 				return
 			case <-ticks:
@@ -273,6 +408,7 @@ func (s *spawner) launch(c *child, spec *spawnSpec) error {
 	err := s.attempt(c, spec, candidates(argv[0], spec.path), argv)
 	failed, _ := err.(*os.PathError)
 	if failed != nil && failed.Err == syscall.ENOEXEC && isText(spec.dir, failed.Path) {
+		s.disown(c)
 		again := s.attempt(c, spec, []string{"/bin/sh"}, append([]string{"/bin/sh", failed.Path}, argv[1:]...))
 		if _, noShell := again.(*os.PathError); !noShell {
 			return again
@@ -282,10 +418,13 @@ func (s *spawner) launch(c *child, spec *spawnSpec) error {
 		return err
 	}
 	code, reason := 126, failed.Err.Error()
-	if failed.Err == syscall.ENOENT || failed.Err == syscall.ENOTDIR {
+	switch {
+	case failed.Err == syscall.ENOENT, failed.Err == syscall.ENOTDIR:
 		code, reason = 127, "command not found"
+	case failed.Err == syscall.ENAMETOOLONG && !strings.Contains(argv[0], "/"):
+		code = 127
 	}
-	c.status = syscall.WaitStatus(code << 8)
+	c.failed = syscall.WaitStatus(code << 8)
 	syscall.Write(spec.fds[2], []byte(argv[0][:min(len(argv[0]), 1024)]+": "+reason+"\n")) // into an empty pipe: cannot block
 	return nil
 }
@@ -296,8 +435,6 @@ func (s *spawner) attempt(c *child, spec *spawnSpec, paths, argv []string) error
 		return context.Canceled
 	}
 	s.mu.Lock()
-	c.pid.Store(0)
-	c.reaped = false
 	s.children[c] = struct{}{}
 	s.mu.Unlock()
 	list, errno := runSteps(c, spec, paths, argv)
@@ -310,7 +447,7 @@ func (s *spawner) attempt(c *child, spec *spawnSpec, paths, argv []string) error
 		// Somebody removed the leaf, or the kernel kills what is cloned into it (cgroups.recycleLocked says why). EAGAIN is another
 		// matter: its group is full (pids.max), and what does not fit there must not run beside it without limits.
 		if errno == 0 {
-			s.wait(c)
+			s.disown(c)
 		}
 		c.leaf, leaf.killed = nil, true
 		s.cgroups.release(leaf)
@@ -320,8 +457,8 @@ func (s *spawner) attempt(c *child, spec *spawnSpec, paths, argv []string) error
 		return os.NewSyscallError("fork", errno)
 	}
 	err := outcome(list, paths)
-	if err != nil {
-		s.wait(c)
+	if _, notExecuted := err.(*os.PathError); err != nil && !notExecuted {
+		s.disown(c)
 	}
 	return err
 }
@@ -333,6 +470,8 @@ func outcome(list []step, paths []string) (err error) {
 		switch {
 		case st.result == notReached:
 			return nil // the exec that succeeded, or a child that was killed on the way
+		case (st.result^st.want)&st.mask != 0:
+			return os.NewSyscallError("setting up the process", syscall.EPERM)
 		case st.result <= ^uintptr(4095), st.passes == anyError:
 			continue
 		case st.nr == unix.SYS_CHDIR:
@@ -368,14 +507,23 @@ func isText(dir, path string) bool {
 
 // candidates are the paths to try for a command, relative to the child's directory (execvp(3)).
 func candidates(cmd, path string) (paths []string) {
-	if cmd == "" || strings.Contains(cmd, "/") {
+	if len(cmd) > unix.NAME_MAX && !strings.Contains(cmd, "/") {
+		return []string{"/" + cmd} // no directory has such a file: the kernel says so at once
+	} else if !isSearched(cmd) {
 		return []string{cmd}
 	}
-	for dir := range strings.SplitSeq(path[:min(len(path), 128<<10)], ":") { // execve(2) takes no longer variable
+	for dir := range strings.SplitSeq(searchPath(path), ":") {
 		paths = append(paths, cmp.Or(dir, ".")+"/"+cmd)
 	}
 	return paths
 }
+
+func isSearched(cmd string) bool {
+	return cmd != "" && len(cmd) <= unix.NAME_MAX && !strings.Contains(cmd, "/")
+}
+
+// searchPath is as much of the variable PATH as execve(2) takes.
+func searchPath(path string) string { return path[:min(len(path), 128<<10)] }
 
 // childSteps lists what a child does between vfork and exec. Pointers are handed to it as numbers: what they point to must be
 // on the heap, where nothing moves, and outlive the child's use of it, which is what keep is for.
@@ -414,6 +562,16 @@ func childSteps(spec *spawnSpec, paths, argv []string) (list []step, keep [3][]*
 		add(0, unix.SYS_SETGROUPS, uintptr(len(groups)), uintptr(unsafe.Pointer(&groups[0])))
 		add(0, unix.SYS_SETRESGID, gid, gid, gid)
 		add(0, unix.SYS_SETRESUID, uid, uid, uid)
+		// Once more, since what follows from an id that changed nothing, or from a filter that only says yes, is a command of root's.
+		verify := func(want, nr uintptr) {
+			add(0, nr)
+			list[len(list)-1].want, list[len(list)-1].mask = want, 1<<32-1
+		}
+		verify(uid, unix.SYS_GETUID)
+		verify(uid, unix.SYS_GETEUID)
+		verify(gid, unix.SYS_GETGID)
+		verify(gid, unix.SYS_GETEGID)
+		verify(uintptr(len(groups)), unix.SYS_GETGROUPS)
 	}
 	add(0, unix.SYS_CHDIR, uintptr(unsafe.Pointer(keep[0][len(paths)])))
 	add(anyError, unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&noSignal)), 0, 8)
@@ -459,7 +617,7 @@ func runSteps(c *child, spec *spawnSpec, paths, argv []string) ([]step, syscall.
 	nr, a0, a1, a2 := uintptr(unix.SYS_CLONE), uintptr(flags|unix.SIGCHLD), uintptr(0), uintptr(unsafe.Pointer(&c.pid))
 	args := &cloneArgs{flags: flags | clone3Flags, parentTID: uint64(a2), exitSignal: uint64(unix.SIGCHLD)}
 	if c.leaf != nil {
-		args.flags, args.cgroup = args.flags|unix.CLONE_INTO_CGROUP, uint64(c.leaf.fd)
+		args.flags, args.cgroup = args.flags|unix.CLONE_INTO_CGROUP, uint64(c.leaf.dir)
 	}
 	if clone3Flags != 0 {
 		nr, a0, a1 = unix.SYS_CLONE3, uintptr(unsafe.Pointer(args)), unsafe.Sizeof(*args)
@@ -503,6 +661,14 @@ func exitsyscall()
 
 // signal reaches the whole tree: all of the leaf, or else the process group of a child that has not been reaped.
 func (s *spawner) signal(c *child, sig syscall.Signal) error {
+	if sig == syscall.SIGKILL {
+		s.mu.Lock()
+		if c.killed.IsZero() && !c.reaped {
+			c.killed = time.Now()
+			time.AfterFunc(killPatience, func() { s.look(c, lastLook) }) // a tracer may stop it on its way out
+		}
+		s.mu.Unlock()
+	}
 	if c.leaf.signal(sig) {
 		return nil
 	}
@@ -517,5 +683,9 @@ func (s *spawner) kill(c *child, sign int, sig syscall.Signal) error {
 	if c.reaped || pid == 0 {
 		return os.ErrProcessDone
 	}
-	return syscall.Kill(sign*pid, sig)
+	err := syscall.Kill(sign*pid, sig)
+	if c.ended {
+		return os.ErrProcessDone // for its clients
+	}
+	return err
 }

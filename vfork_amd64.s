@@ -35,6 +35,9 @@ child:
 	BTQ	AX, BX			// by the number modulo 64
 	JCC	fail
 done:
+	XORQ	step_want(R12), AX
+	ANDQ	step_mask(R12), AX
+	JNZ	fail			// it has not had the effect that it says
 	ADDQ	$step__size, R12
 	JMP	child
 

@@ -34,6 +34,11 @@ child:
 	LSR	R0, R11, R11		// by the number modulo 64
 	TBZ	$0, R11, fail
 done:
+	MOVD	step_want(R9), R11
+	EOR	R11, R0, R0
+	MOVD	step_mask(R9), R11
+	ANDS	R11, R0, R0
+	BNE	fail			// it has not had the effect that it says
 	ADD	$step__size, R9
 	B	child
 
