@@ -256,7 +256,7 @@ func run(c *config) int {
 	cgroups := openCgroupRoot(c)
 	defer cgroups.close()
 	spawner.cgroups, life.cgroups = cgroups, cgroups
-	c.output.liveLimit = cmp.Or(c.output.liveLimit, outputShare(int64(c.memoryLimit))-c.output.endedLimit)
+	c.output.liveLimit = cmp.Or(c.output.liveLimit, max(outputShare(int64(c.memoryLimit))-c.output.endedLimit, outputLeast))
 	ticks := []func(time.Time){processes.tick, filesystem.tick, ports.tick, srv.tick, life.tick,
 		(&trimmer{budget: budget}).tick}
 	if guest && os.Geteuid() == 0 && ownMachine() {
@@ -331,6 +331,9 @@ func listen(c *config, signals <-chan os.Signal, patient bool, log *stdoutLog) (
 		}
 	}
 }
+
+// outputLeast, in bytes, is what live output has where --output-ended takes all of its share.
+const outputLeast = 4 << 20
 
 // memoryLimitSlack, in bytes, is what the runtime may have beyond the memory limit: its own needs, and garbage.
 const memoryLimitSlack = 24 << 20
