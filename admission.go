@@ -16,10 +16,12 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"sync"
@@ -51,7 +53,11 @@ type connections struct {
 
 	mu   sync.Mutex // protects what follows, and every connection; nothing is done under it that takes time
 	open map[*connection]bool
+	held map[netip.Addr]holdings // by peer; also of requests whose connection is closed, until they end
 }
+
+// holdings are bytes of the budget, by class.
+type holdings [budgetClasses]int64
 
 // connection is one of a client. Nothing is read from it while a write to it hangs: the answers to what was read, those of HTTP/2
 // itself (PING, SETTINGS) among them, would be held without end.
@@ -65,7 +71,7 @@ type connection struct {
 	peer     netip.Addr // of IPv6 the network, 64 bits: who has one address there has them all
 	memory   *grant
 	class    budgetClass
-	held     int64 // bytes of the budget, its requests' included
+	held     int64 // bytes that it and its requests have, for who holds most of one peer
 	shown    bool  // a request has shown the token
 	requests int   // being served
 	bodies   int   // of them that are not complete
@@ -84,7 +90,17 @@ func (c *connection) Read(p []byte) (int, error) {
 func (c *connection) Write(p []byte) (int, error) {
 	c.writes.Lock()
 	defer c.writes.Unlock()
-	return c.TCPConn.Write(p)
+	n, err := c.TCPConn.Write(p)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		c.SetLinger(0)
+	}
+	return n, err
+}
+
+// abort closes a connection; the kernel is not to keep what its client does not take.
+func (c *connection) abort() {
+	c.SetLinger(0)
+	c.Close()
 }
 
 func (c *connection) heard() { c.alive.Store(time.Now().UnixNano()) }
@@ -120,9 +136,7 @@ func (cs *connections) accept(ctx context.Context, conn net.Conn) context.Contex
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	cs.open[c] = true
-	if cs.crowdedLocked(c) || cs.takeLocked(c, c.memory, connectionPrice) != nil {
-		cs.closeLocked(c)
-	}
+	cs.enterLocked(c)
 	return context.WithValue(ctx, connKey{}, c)
 }
 
@@ -140,16 +154,20 @@ func (cs *connections) changed(conn net.Conn, state http.ConnState) {
 			c.SetWriteDeadline(time.Time{})
 		}
 		if cs.open[c] && !c.shown && c.class == forRequests {
+			cs.payBackLocked(c)
 			c.class = forStrangers
-			c.held -= connectionPrice
-			c.memory.give(connectionPrice)
 			c.memory.become(forStrangers)
-			if cs.crowdedLocked(c) || cs.takeLocked(c, c.memory, connectionPrice) != nil {
-				cs.closeLocked(c)
-			}
+			cs.enterLocked(c)
 		}
 	case http.StateClosed, http.StateHijacked:
 		cs.forgetLocked(c)
+	}
+}
+
+// enterLocked gives a connection its place among strangers, or closes it.
+func (cs *connections) enterLocked(c *connection) {
+	if cs.crowdedLocked(c) || cs.takeLocked(c, c.memory, connectionPrice) == errNoRoom {
+		cs.closeLocked(c)
 	}
 }
 
@@ -172,13 +190,31 @@ func (cs *connections) closeWaiting() {
 
 func (cs *connections) forgetLocked(c *connection) {
 	delete(cs.open, c)
+	cs.payBackLocked(c)
 	c.memory.close()
+}
+
+// payBackLocked gives back what a connection has, without its requests.
+func (cs *connections) payBackLocked(c *connection) {
+	has := c.memory.holds()
+	c.memory.give(has)
+	c.held -= has
+	cs.countLocked(c.peer, c.class, -has)
+}
+
+func (cs *connections) countLocked(peer netip.Addr, class budgetClass, bytes int64) {
+	h := cs.held[peer]
+	if h[class] += bytes; h == (holdings{}) {
+		delete(cs.held, peer)
+	} else {
+		cs.held[peer] = h
+	}
 }
 
 func (cs *connections) closeLocked(c *connection) {
 	cs.forgetLocked(c) // its requests give back what is theirs when they have ended
 	if c.rank() == serving {
-		c.SetLinger(0) // the kernel is not to keep what its client does not take
+		c.abort()
 	}
 	c.Close()
 }
@@ -200,35 +236,49 @@ func (c *connection) rank() int {
 	return serving
 }
 
+// These say why takeLocked takes nothing.
+var (
+	errNoRoom   = errors.New("envd has no memory left for another request from this address (--memory-limit)")
+	errRoomSoon = errors.New("what the peer that holds most had is about to be given back")
+)
+
 // takeLocked takes what c, or a request on it, needs, from others if need be.
 func (cs *connections) takeLocked(c *connection, memory *grant, bytes int64) error {
 	for {
-		err := memory.tryTake(bytes)
-		if err == nil {
-			c.held += bytes
-			return nil
+		weights := map[netip.Addr]int64{}
+		if cs.strangersShareLocked(c, bytes) {
+			if memory.tryTake(bytes) == nil {
+				c.held += bytes
+				cs.countLocked(c.peer, c.class, bytes)
+				return nil
+			}
+			for peer, h := range cs.held {
+				weights[peer] = h[c.class]
+			}
 		}
-		other := cs.dearestLocked(c)
-		if other == nil {
-			return err
+		goes, own := cs.heaviestLocked(c, weights)
+		switch {
+		case goes != nil:
+			cs.closeLocked(goes)
+		case own:
+			return errNoRoom
+		default:
+			return errRoomSoon
 		}
-		cs.closeLocked(other)
 	}
 }
 
-// dearestLocked is the connection that goes for what c needs, or nil.
-func (cs *connections) dearestLocked(c *connection) *connection {
-	held := map[netip.Addr]int64{}
-	for other := range cs.open {
-		if other.class == c.class {
-			held[other.peer] += other.held
-		}
+// strangersShareLocked tells whether the peer of c may have so many bytes more: of strangers one address may have a part.
+func (cs *connections) strangersShareLocked(c *connection, bytes int64) bool {
+	if c.class != forStrangers || cs.budget == nil || !cs.token.isSet() {
+		return true
 	}
-	return cs.heaviestLocked(c, held)
+	share := cs.budget.size / 16 * classShares[forStrangers]
+	return cs.held[c.peer][forStrangers]+bytes <= share/peerShare
 }
 
-// heaviestLocked is a connection, in the class of c, of the peer that has the most weight.
-func (cs *connections) heaviestLocked(c *connection, weights map[netip.Addr]int64) (goes *connection) {
+// heaviestLocked is a connection, in the class of c, of the peer that has the most weight, or nil, and whether that is c's own.
+func (cs *connections) heaviestLocked(c *connection, weights map[netip.Addr]int64) (goes *connection, own bool) {
 	heaviest := c.peer
 	for peer, weight := range weights {
 		if weight > weights[heaviest] {
@@ -243,7 +293,7 @@ func (cs *connections) heaviestLocked(c *connection, weights map[netip.Addr]int6
 			goes = other
 		}
 	}
-	return goes
+	return goes, heaviest == c.peer
 }
 
 // compareWorth orders connections of one peer, that which goes first before the others.
@@ -272,9 +322,9 @@ func (cs *connections) crowdedLocked(c *connection) bool {
 		var goes *connection
 		switch {
 		case own > strangerConnections/peerShare:
-			goes = cs.heaviestLocked(c, nil) // its own
+			goes, _ = cs.heaviestLocked(c, nil) // its own
 		case all > strangerConnections:
-			goes = cs.heaviestLocked(c, counts)
+			goes, _ = cs.heaviestLocked(c, counts)
 		default:
 			return false
 		}
@@ -290,26 +340,35 @@ func (cs *connections) crowdedLocked(c *connection) bool {
 // admission is that of one request.
 type admission struct {
 	memory   *grant
+	class    budgetClass // of the price; 0 is forStrangers
 	stranger bool
 	refusal  error // or nil
 }
 
-// begin pays for a request, which end follows in any case.
-func (cs *connections) begin(c *connection, shown, trusted bool) (a admission) {
+// begin pays for a request, which end follows in any case. It waits a moment for what others are about to give back.
+func (cs *connections) begin(ctx context.Context, c *connection, shown, trusted bool) (a admission) {
 	c.heard()
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	c.requests++
 	c.shown = c.shown || shown
-	if a.stranger = !trusted && !c.shown; a.stranger {
-		a.memory = cs.budget.grant(forStrangers)
-	} else {
-		a.memory = cs.budget.grant(forRequests)
+	if a.stranger = !trusted && !c.shown; !a.stranger {
+		a.class = forRequests
 		cs.trustLocked(c)
 	}
+	a.memory = cs.budget.grant(a.class)
 	a.refusal = net.ErrClosed
 	if cs.open[c] {
 		a.refusal = cs.takeLocked(c, a.memory, requestPrice)
+	}
+	if a.refusal == errRoomSoon {
+		cs.mu.Unlock()
+		a.refusal = a.memory.take(ctx, requestPrice)
+		cs.mu.Lock()
+		if a.refusal == nil {
+			c.held += requestPrice
+			cs.countLocked(c.peer, a.class, requestPrice)
+		}
 	}
 	if a.refusal == nil {
 		return a
@@ -325,6 +384,12 @@ func (cs *connections) begin(c *connection, shown, trusted bool) (a admission) {
 }
 
 func (cs *connections) trustLocked(c *connection) {
+	if c.class == forRequests {
+		return
+	}
+	has := c.memory.holds()
+	cs.countLocked(c.peer, c.class, -has)
+	cs.countLocked(c.peer, forRequests, has)
 	c.class = forRequests
 	c.memory.become(forRequests)
 }
@@ -354,6 +419,7 @@ func (cs *connections) end(c *connection, a admission) {
 		c.refused--
 	} else {
 		c.held -= requestPrice
+		cs.countLocked(c.peer, a.class, -requestPrice)
 	}
 }
 
@@ -406,81 +472,105 @@ type measure struct {
 	conns  *connections
 	places int
 
-	mu     sync.Mutex // protects what follows; taken before that of connections
-	taken  []*measured
-	change chan struct{} // closed when a place has become free
+	mu      sync.Mutex // protects what follows; taken before that of connections
+	taken   []*measured
+	waiting []*measured
 }
 
-type measured struct{ conn *connection }
+type measured struct {
+	conn  *connection
+	ready chan struct{} // closed when it has got its place
+}
 
 func newMeasure(conns *connections, places int) *measure {
-	return &measure{conns: conns, places: places, change: make(chan struct{})}
+	return &measure{conns: conns, places: places}
 }
 
-// enter waits for a place, and answers how it is left; the error is errNoPlace, or that of the context.
-func (m *measure) enter(ctx context.Context, conn *connection) (leave func(), err error) {
-	var patience <-chan time.Time
-	for {
-		place, change := m.try(conn)
-		if place != nil {
-			return func() { m.leave(place) }, nil
-		}
-		if patience == nil {
-			timer := time.NewTimer(measurePatience)
-			defer timer.Stop()
-			patience = timer.C
-		}
-		select {
-		case <-change:
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		case <-patience:
-			return nil, errNoPlace
-		}
-	}
-}
-
-// enterFor is for the request of a context. Whose connection has shown the token needs no place.
-func (m *measure) enterFor(ctx context.Context) (leave func(), err error) {
+// enter is for the request of a context: it waits for a place, and answers how it is left. The error is errNoPlace, or that of the
+// context. Whose connection has shown the token needs no place.
+func (m *measure) enter(ctx context.Context) (leave func(), err error) {
 	conn, _ := ctx.Value(connKey{}).(*connection)
 	if conn == nil || m.conns.hasShown(conn) {
 		return func() {}, nil
 	}
-	return m.enter(ctx, conn)
+	place := &measured{conn, make(chan struct{})}
+	leave = func() { m.leave(place) }
+	if !m.queue(place) {
+		return nil, errNoPlace
+	}
+	patience := time.NewTimer(measurePatience)
+	defer patience.Stop()
+	select {
+	case <-place.ready:
+		return leave, nil
+	case <-ctx.Done():
+		err = ctx.Err()
+	case <-patience.C:
+		err = errNoPlace
+	}
+	leave()
+	return nil, err
 }
 
-func (m *measure) try(conn *connection) (place *measured, change chan struct{}) {
+func count(list []*measured, peer netip.Addr) (n int) {
+	for _, p := range list {
+		if p.conn.peer == peer {
+			n++
+		}
+	}
+	return n
+}
+
+// queue is false where even too many wait.
+func (m *measure) queue(place *measured) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	counts, most := map[netip.Addr]int{}, 0
-	for _, p := range m.taken {
-		counts[p.conn.peer]++
-		most = max(most, counts[p.conn.peer])
+	peer := place.conn.peer
+	m.giveLocked(place)
+	if !slices.Contains(m.taken, place) && len(m.taken) >= m.places {
+		m.displaceLocked(count(m.taken, peer) + 2)
+		m.giveLocked(place)
 	}
-	own := counts[conn.peer]
-	if own >= max(1, m.places/peerShare) || len(m.taken) >= m.places && most < own+2 {
-		return nil, m.change
+	if slices.Contains(m.taken, place) {
+		return true
 	}
-	if len(m.taken) >= m.places {
-		i := slices.IndexFunc(m.taken, func(p *measured) bool { return counts[p.conn.peer] == most })
-		m.conns.mu.Lock()
-		m.conns.closeLocked(m.taken[i].conn)
-		m.conns.mu.Unlock()
-		m.taken = slices.Delete(m.taken, i, i+1)
+	if count(m.waiting, peer) >= m.places || len(m.waiting) >= peerShare*m.places {
+		return false
 	}
-	place = &measured{conn}
-	m.taken = append(m.taken, place)
-	return place, nil
+	m.waiting = append(m.waiting, place)
+	return true
+}
+
+// giveLocked gives a place if there is one for that peer.
+func (m *measure) giveLocked(place *measured) (given bool) {
+	given = len(m.taken) < m.places && count(m.taken, place.conn.peer) < max(1, m.places/peerShare)
+	if given {
+		m.taken = append(m.taken, place)
+		close(place.ready)
+	}
+	return given
+}
+
+// displaceLocked ends the oldest of the peer that has most, if that are so many.
+func (m *measure) displaceLocked(many int) {
+	most := slices.MaxFunc(m.taken, func(a, b *measured) int {
+		return cmp.Compare(count(m.taken, a.conn.peer), count(m.taken, b.conn.peer))
+	})
+	if count(m.taken, most.conn.peer) < many {
+		return
+	}
+	m.conns.mu.Lock()
+	m.conns.closeLocked(most.conn)
+	m.conns.mu.Unlock()
+	m.taken = slices.DeleteFunc(m.taken, func(p *measured) bool { return p.conn == most.conn })
 }
 
 func (m *measure) leave(place *measured) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if i := slices.Index(m.taken, place); i >= 0 {
-		m.taken = slices.Delete(m.taken, i, i+1)
-		close(m.change)
-		m.change = make(chan struct{})
-	}
+	other := func(p *measured) bool { return p == place }
+	m.taken, m.waiting = slices.DeleteFunc(m.taken, other), slices.DeleteFunc(m.waiting, other)
+	m.waiting = slices.DeleteFunc(m.waiting, m.giveLocked)
 }
 
 // ---- answers -------------------------------------------------------------------------------------------------------
@@ -618,6 +708,6 @@ func (a *answer) cut() {
 		http.NewResponseController(a.ResponseWriter).SetWriteDeadline(time.Unix(1, 0))
 		a.timer.Reset(time.Second)
 	default:
-		a.conn.Close()
+		a.conn.abort()
 	}
 }

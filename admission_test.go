@@ -503,7 +503,11 @@ func TestAnswerTimeout(t *testing.T) {
 		go conn.Write(text)
 		waitFor(t, 15*time.Second, "the connection is cut", func() bool { return closedByPeer(conn) })
 	}
-	deaf([]byte(strings.Repeat("GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n", 50_000)))
+	variable := fmt.Sprintf(`{"envVars":{"LARGE":"%s"}}`, strings.Repeat("x", 120_000))
+	if got := d.request(t, "POST", "/init", variable); got.status != http.StatusNoContent {
+		t.Fatalf("%d %s", got.status, got.body)
+	}
+	deaf([]byte(strings.Repeat("GET /envs HTTP/1.1\r\nHost: localhost\r\n\r\n", 500)))
 	// In HTTP/2 the stream is reset, and the rest of the connection goes on.
 	conn, err := net.Dial("tcp", d.addr)
 	if err != nil {

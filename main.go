@@ -227,7 +227,7 @@ func run(c *config) int {
 	}
 	c.server.guestAddress = c.forward
 	srv := newServer(c.server, token, users, life, budget)
-	initer.largeBody, initer.lookup = srv.inits.enterFor, srv.lookups.enterFor
+	initer.largeBody, initer.lookup = srv.inits.enter, srv.lookups.enter
 	srv.services = sync.OnceValue(func() map[string]http.Handler {
 		process, processHandler := pb.NewProcessHandler(processes, rpcOptions()...)
 		fs, fsHandler := pb.NewFilesystemHandler(filesystem, append(rpcOptions(), boundFileCalls)...)

@@ -63,7 +63,7 @@ type server struct {
 
 func newServer(o serverOptions, token *accessToken, users *userDB, lifecycle *lifecycle, budget *budget) *server {
 	s := &server{serverOptions: o, token: token, users: users, lifecycle: lifecycle, budget: budget, ready: make(chan struct{})}
-	s.conns = connections{budget: budget, token: token, open: map[*connection]bool{}}
+	s.conns = connections{budget: budget, token: token, open: map[*connection]bool{}, held: map[netip.Addr]holdings{}}
 	s.strangers, s.inits = newMeasure(&s.conns, strangerRequests), newMeasure(&s.conns, largeInits)
 	s.lookups, s.inside.outward = newMeasure(&s.conns, metadataLookups), o.guestAddress
 	var protocols http.Protocols
@@ -89,7 +89,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer func() { s.requests.Add(-1); s.served.Add(1) }()
 	conn := connOf(r)
 	who := s.credentials(r)
-	admission := s.conns.begin(conn, who.token, who.trusted)
+	admission := s.conns.begin(r.Context(), conn, who.token, who.trusted)
 	defer s.conns.end(conn, admission)
 	answer := &answer{ResponseWriter: w, conn: conn, http2: r.ProtoMajor == 2, patience: s.answerTimeout}
 	if r.ContentLength != 0 {
@@ -191,7 +191,7 @@ func (s *server) serveRoute(w *answer, r *http.Request, found *route, stranger b
 		}
 	case "/init", "/snapshot/prepare":
 		if stranger {
-			leave, err := s.strangers.enter(r.Context(), w.conn)
+			leave, err := s.strangers.enter(r.Context())
 			if err != nil {
 				jsonError(w, http.StatusServiceUnavailable, err.Error())
 				return
