@@ -22,11 +22,14 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Prices, in bytes: what they cost in net/http (goroutines, buffers, the parsed header), measured and rounded up.
@@ -36,11 +39,12 @@ const (
 )
 
 const (
-	strangerConnections = 256 // at once, with a token set
-	strangerRequests    = 64  // the same, to /init and /snapshot/prepare
-	largeInits          = 8   // bodies of /init above initBodySmall, strangers' or not
-	metadataLookups     = 8   // of strangers' requests to /init
-	peerShare           = 4   // one peer address has at most one part in so many of each
+	strangerConnections = 256      // at once, with a token set
+	strangerRequests    = 64       // the same, to /init and /snapshot/prepare
+	largeInits          = 8        // bodies of /init above initBodySmall, strangers' or not
+	metadataLookups     = 8        // of strangers' requests to /init
+	peerShare           = 4        // one peer address has at most one part in so many of each
+	strangerUnsent      = 64 << 10 // bytes of answers on one connection
 	measurePatience     = 10 * time.Second
 	strangerRefusals    = 8 // answers on one connection that refuse a request, before it is closed: they are paid by nobody
 	clientRefusals      = 128
@@ -65,6 +69,7 @@ type connection struct {
 	*net.TCPConn
 	writes  sync.Mutex   // holds whoever writes
 	limited atomic.Bool  // it has a write deadline
+	yields  atomic.Bool  // it is a stranger's, with a token set: others go first
 	alive   atomic.Int64 // when its client was last heard of, in nanoseconds of the Unix time
 
 	// Under the mutex of connections:
@@ -84,7 +89,25 @@ type connection struct {
 func (c *connection) Read(p []byte) (int, error) {
 	c.writes.Lock() // waits for a write that hangs
 	c.writes.Unlock()
-	return c.TCPConn.Read(p)
+	n, err := c.TCPConn.Read(p)
+	c.yield()
+	return n, err
+}
+
+// yield lets others go first: who sends requests without waiting for their answers would be served for 10 ms on end, which for
+// a hundred of them is long.
+func (c *connection) yield() {
+	if c.yields.Load() {
+		runtime.Gosched()
+	}
+}
+
+// setUnsent bounds what the kernel holds that has not been sent.
+func (c *connection) setUnsent(bytes int) {
+	raw, err := c.SyscallConn()
+	if err == nil {
+		raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, bytes) })
+	}
 }
 
 func (c *connection) Write(p []byte) (int, error) {
@@ -136,6 +159,10 @@ func (cs *connections) accept(ctx context.Context, conn net.Conn) context.Contex
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	cs.open[c] = true
+	if cs.token.isSet() {
+		c.yields.Store(true)
+		c.setUnsent(strangerUnsent)
+	}
 	cs.enterLocked(c)
 	return context.WithValue(ctx, connKey{}, c)
 }
@@ -361,24 +388,24 @@ func (cs *connections) begin(ctx context.Context, c *connection, shown, trusted 
 	if cs.open[c] {
 		a.refusal = cs.takeLocked(c, a.memory, requestPrice)
 	}
-	if a.refusal == errRoomSoon {
-		cs.mu.Unlock()
-		a.refusal = a.memory.take(ctx, requestPrice)
-		cs.mu.Lock()
-		if a.refusal == nil {
-			c.held += requestPrice
-			cs.countLocked(c.peer, a.class, requestPrice)
-		}
-	}
-	if a.refusal == nil {
-		return a
-	}
 	most := clientRefusals
 	if a.stranger {
 		most = strangerRefusals
 	}
-	if c.refused++; c.refused > most {
+	if a.refusal == nil {
+		return a
+	}
+	if c.refused++; c.refused > most { // nor may many wait who have paid nothing
 		cs.closeLocked(c)
+	} else if a.refusal == errRoomSoon {
+		cs.mu.Unlock()
+		a.refusal = a.memory.take(ctx, requestPrice)
+		cs.mu.Lock()
+		if a.refusal == nil {
+			c.refused--
+			c.held += requestPrice
+			cs.countLocked(c.peer, a.class, requestPrice)
+		}
 	}
 	return a
 }
@@ -386,6 +413,9 @@ func (cs *connections) begin(ctx context.Context, c *connection, shown, trusted 
 func (cs *connections) trustLocked(c *connection) {
 	if c.class == forRequests {
 		return
+	}
+	if c.yields.Swap(false) {
+		c.setUnsent(-1) // no bound
 	}
 	has := c.memory.holds()
 	cs.countLocked(c.peer, c.class, -has)

@@ -82,7 +82,7 @@ func stay(conn net.Conn) { io.Copy(io.Discard, conn) }
 // stayDeaf takes nothing, but notices the end.
 func stayDeaf(ctx context.Context, conn net.Conn) {
 	for ctx.Err() == nil {
-		time.Sleep(50 * time.Millisecond)
+		time.Sleep(500 * time.Millisecond)
 		if _, err := conn.Write(nil); err != nil || closedByPeer(conn) {
 			return
 		}
@@ -152,6 +152,7 @@ type hostReport struct {
 	requests int
 	failures []string
 	health   time.Duration // the worst
+	idle     time.Duration // the worst of a server that does nothing, meanwhile
 	start    time.Duration
 }
 
@@ -163,6 +164,8 @@ func (r *hostReport) add(what string, took time.Duration, err error) {
 		r.failures = append(r.failures, fmt.Sprintf("%s: %v after %v", what, err, took.Round(time.Millisecond)))
 	}
 	switch what {
+	case "idle":
+		r.idle = max(r.idle, took)
 	case "health":
 		r.health = max(r.health, took)
 	case "start":
@@ -174,6 +177,7 @@ func (r *hostReport) add(what string, took time.Duration, err error) {
 func asHost(t *testing.T, d *daemon, token string, duration time.Duration) *hostReport {
 	t.Helper()
 	r := &hostReport{}
+	_, control := runRole(t, nil, "serve-nothing")
 	end := time.Now().Add(duration)
 	var wait sync.WaitGroup
 	loop := func(f func(client *http.Client)) {
@@ -204,6 +208,14 @@ func asHost(t *testing.T, d *daemon, token string, duration time.Duration) *host
 		}
 		return err
 	}
+	loop(func(client *http.Client) {
+		began := time.Now()
+		response, err := client.Get("http://" + control)
+		if err == nil {
+			response.Body.Close()
+		}
+		r.add("idle", time.Since(began), err)
+	})
 	loop(func(client *http.Client) {
 		began := time.Now()
 		err := ask(client, "GET", "/health", "", http.StatusOK)
@@ -243,8 +255,8 @@ func asHost(t *testing.T, d *daemon, token string, duration time.Duration) *host
 
 func (r *hostReport) check(t *testing.T) {
 	t.Helper()
-	t.Logf("%d requests of the host, %d failed; worst /health %v, worst Start %v", r.requests, len(r.failures),
-		r.health.Round(time.Millisecond), r.start.Round(time.Millisecond))
+	t.Logf("%d requests of the host, %d failed; worst /health %v (an idle server %v), worst Start %v", r.requests, len(r.failures),
+		r.health.Round(time.Millisecond), r.idle.Round(time.Millisecond), r.start.Round(time.Millisecond))
 	for i, failure := range r.failures {
 		if i == 10 {
 			break
@@ -454,7 +466,7 @@ func TestStrangersTakeNothing(t *testing.T) {
 		},
 		"bodies in HTTP/2 that wait": func(a *attackers) {
 			for i := range 100 {
-				a.loop(fmt.Sprintf("127.0.0.%d", 2+i), 50*time.Millisecond, func(conn net.Conn) {
+				a.loop(fmt.Sprintf("127.0.0.%d", 2+i%10), 50*time.Millisecond, func(conn net.Conn) {
 					h2Flood(conn, 65535, 100, 0, "POST", "/init")
 					data := h2Frame(0, 0, 1, make([]byte, 16<<10))
 					for i := range 400 {
@@ -471,16 +483,19 @@ func TestStrangersTakeNothing(t *testing.T) {
 		t.Run(what, func(t *testing.T) {
 			needNoRace(t)
 			d := startLocked(t, "--memory-limit", "64MiB")
-			var report *hostReport
-			attack(t, d, begin, func() { report = asHost(t, d, "secret", strangersFor(5*time.Second)) })
-			report.check(t)
+			timely(t, func() error {
+				var report *hostReport
+				attack(t, d, begin, func() { report = asHost(t, d, "secret", strangersFor(5*time.Second)) })
+				report.check(t)
+				if report.health > max(250*time.Millisecond, 3*report.idle) { // what the machine is too busy for, the daemon cannot do either
+					return fmt.Errorf("/health took %v, an idle server %v", report.health, report.idle)
+				}
+				return nil
+			})
 			peak := d.peakRSS()
 			t.Logf("peak RSS %d MiB", peak>>20)
 			if peak > limit+slack {
 				t.Errorf("peak RSS %d MiB, want less than %d", peak>>20, (limit+slack)>>20)
-			}
-			if report.health > 250*time.Millisecond {
-				t.Errorf("/health took %v", report.health)
 			}
 			time.Sleep(5 * time.Second)
 			t.Logf("5 s later: RSS %d MiB", d.rss()>>20)
@@ -552,5 +567,189 @@ func TestAnswerTimeout(t *testing.T) {
 	}
 	if got < 100<<10 {
 		t.Errorf("%d bytes", got)
+	}
+}
+
+// ---- who may ask, and who is the host -------------------------------------------------------------------------------
+
+// A web page that a developer visits can ask for nothing: neither under a name of its own that leads to this machine (DNS
+// rebinding), nor by a script, an image or a link.
+func TestPagesOfOthers(t *testing.T) {
+	t.Parallel()
+	d := startDaemon(t)
+	allowing := startDaemon(t, "--allow-origin", "https://a.example,http://192.168.1.2:8080")
+	all := startDaemon(t, "--allow-origin", "*")
+	locked := startDaemon(t)
+	setToken(t, locked, "secret")
+	secret := writeFile(t, publicDir(t)+"/secret", "secret", 0o600)
+	ask := func(d *daemon, client *http.Client, host string, headers ...string) int {
+		request, err := http.NewRequestWithContext(t.Context(), "GET", d.url+filesPath("path", secret), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		request.Host = host
+		for i := 0; i < len(headers); i += 2 {
+			request.Header.Set(headers[i], headers[i+1])
+		}
+		request.Header.Set("X-Access-Token", "secret")
+		response, err := client.Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer response.Body.Close()
+		io.Copy(io.Discard, response.Body)
+		return response.StatusCode
+	}
+	const site = "Sec-Fetch-Site"
+	for _, test := range []struct {
+		host                          string
+		headers                       []string
+		plain, allowing, all, locked_ int
+	}{
+		{"", nil, 200, 200, 200, 200}, // 127.0.0.1 with its port
+		{"localhost", nil, 200, 200, 200, 200},
+		{"LOCALHOST.:49983", nil, 200, 200, 200, 200},
+		{"envd.localhost:49983", nil, 200, 200, 200, 200},
+		{"127.1.2.3", nil, 200, 200, 200, 200},
+		{"[::1]:49983", nil, 200, 200, 200, 200},
+		{"evil.example", nil, 403, 403, 200, 200},
+		{"evil.example:49983", argv(site, "same-origin"), 403, 403, 200, 200},
+		{"localhost.evil.example", nil, 403, 403, 200, 200},
+		{"0.0.0.0:49983", nil, 403, 403, 200, 200},
+		{"192.168.1.3:49983", nil, 403, 403, 200, 200},
+		{"192.168.1.2:49983", nil, 403, 200, 200, 200},
+		{"a.example", nil, 403, 200, 200, 200},
+		{"localhost", argv(site, "cross-site"), 403, 403, 200, 200},
+		{"localhost", argv(site, "same-site"), 403, 403, 200, 200},
+		{"localhost", argv(site, "same-origin"), 200, 200, 200, 200},
+		{"localhost", argv(site, "none"), 200, 200, 200, 200},
+		{"localhost", argv(site, "same-site", "Origin", "http://localhost:8000"), 200, 200, 200, 200}, // examples/terminal
+		{"localhost", argv(site, "cross-site", "Origin", "http://127.0.0.1:8000"), 200, 200, 200, 200},
+		{"localhost", argv(site, "cross-site", "Origin", "https://a.example"), 403, 200, 200, 200},
+		{"localhost", argv(site, "cross-site", "Origin", "null"), 403, 403, 200, 200},
+		{"evil.example", argv(site, "same-origin", "Origin", "http://evil.example"), 403, 403, 200, 200},
+	} {
+		for want, d := range map[*int]*daemon{&test.plain: d, &test.allowing: allowing, &test.all: all, &test.locked_: locked} {
+			for what, client := range map[string]*http.Client{"HTTP/1": d.http, "HTTP/2": d.h2} {
+				if got := ask(d, client, test.host, test.headers...); got != *want {
+					t.Errorf("%s, Host %q, %q: %d, want %d", what, test.host, test.headers, got, *want)
+				}
+			}
+		}
+	}
+	// Who sends no Host at all is no browser.
+	if got := exchange(t, d, false, "GET /health HTTP/1.0\r\n\r\n"); !strings.HasPrefix(got, "HTTP/1.0 200") {
+		t.Errorf("HTTP/1.0: %q", got)
+	}
+}
+
+// A container in the guest, behind a bridge or a veth of its own, is not the host; --host-address says who is.
+func TestContainersAreNotTheHost(t *testing.T) {
+	t.Parallel()
+	guest, host := newGuest(t)
+	bridged, veth, routed := newNetns(t), newNetns(t), newNetns(t)
+	guest.ip(t, "link add br0 type bridge")
+	guest.ip(t, "address add 172.30.0.1/24 dev br0")
+	guest.ip(t, "link set br0 up")
+	guest.ip(t, "link add port0 type veth peer name eth0 netns "+bridged.path())
+	guest.ip(t, "link set port0 master br0 up")
+	bridged.ip(t, "address add 172.30.0.2/24 dev eth0")
+	bridged.ip(t, "link set eth0 up")
+	guest.ip(t, "link add veth0 type veth peer name eth0 netns "+veth.path())
+	guest.ip(t, "address add 172.31.0.1/24 dev veth0")
+	guest.ip(t, "link set veth0 up")
+	veth.ip(t, "address add 172.31.0.2/24 dev eth0")
+	veth.ip(t, "link set eth0 up")
+	// In a container the way to the host is a veth, too.
+	guest.ip(t, "link add eth1 type veth peer name eth0 netns "+routed.path())
+	guest.ip(t, "address add 172.29.0.2/24 dev eth1")
+	guest.ip(t, "link set eth1 up")
+	routed.ip(t, "address add 172.29.0.1/24 dev eth0")
+	routed.ip(t, "link set eth0 up")
+	guest.ip(t, "route add default via 172.29.0.1")
+
+	ask := func(d *daemon, from *netns, address, method, path string) (status int) {
+		t.Helper()
+		waitFor(t, 20*time.Second, "an answer from "+address, func() bool {
+			request, _ := http.NewRequestWithContext(t.Context(), method, fmt.Sprintf("http://%s:%d%s", address, d.port, path), nil)
+			response, err := from.client().Do(request)
+			if err == nil {
+				response.Body.Close()
+				status = response.StatusCode
+			}
+			return err == nil
+		})
+		return status
+	}
+	peers := []struct {
+		what    string
+		from    *netns
+		address string
+		inside  bool
+	}{
+		{"the host", host, guestAddress, false}, {"the gateway", routed, "172.29.0.2", false}, {"behind a bridge", bridged, "172.30.0.1", true},
+		{"behind a veth", veth, "172.31.0.1", true}, {"the guest", guest, "127.0.0.1", true}, {"the guest's own address", guest, guestAddress, true},
+	}
+	d := startDaemonWith(t, daemonConfig{netns: guest, listen: "default", args: argv("--isnotfc=false")})
+	refusing := startDaemonWith(t, daemonConfig{netns: guest, listen: "default", args: argv("--isnotfc=false", "--no-local-clients")})
+	named := startDaemonWith(t, daemonConfig{netns: guest, listen: "default",
+		args: argv("--isnotfc=false", "--host-address", "10.9.9.9", "--host-address", "172.30.0.0/24")})
+	for _, peer := range peers {
+		want, access := http.StatusNoContent, http.StatusOK
+		if peer.inside {
+			want, access = http.StatusForbidden, http.StatusForbidden
+		}
+		if got := ask(d, peer.from, peer.address, "POST", "/snapshot/prepare"); got != want {
+			t.Errorf("prepare of %s: %d, want %d", peer.what, got, want)
+		}
+		if got := ask(refusing, peer.from, peer.address, "GET", "/envs"); got != access {
+			t.Errorf("--no-local-clients, %s: %d, want %d", peer.what, got, access)
+		}
+		want = http.StatusForbidden
+		if peer.from == bridged {
+			want = http.StatusNoContent
+		}
+		if got := ask(named, peer.from, peer.address, "POST", "/snapshot/prepare"); got != want {
+			t.Errorf("--host-address, prepare of %s: %d, want %d", peer.what, got, want)
+		}
+	}
+	// Only the host's /health ends what it has prepared.
+	ask(d, host, guestAddress, "POST", "/snapshot/prepare")
+	restored := func() int { return strings.Count(d.log(), "recovered from the preparation") }
+	before := restored()
+	ask(d, bridged, "172.30.0.1", "GET", "/health")
+	if restored() != before {
+		t.Error("a container has ended the host's preparation")
+	}
+	ask(d, host, guestAddress, "GET", "/health")
+	waitFor(t, 10*time.Second, "the recovery", func() bool { return restored() > before })
+}
+
+// Without a free descriptor nothing new can be learned of the interfaces, and the host stays the host.
+func TestHostWithoutDescriptors(t *testing.T) {
+	t.Parallel()
+	guest, host := newGuest(t)
+	d := startDaemonWith(t, daemonConfig{netns: guest, listen: "default", args: argv("--isnotfc=false", "--sync-timeout", "0s")})
+	client := host.client()
+	url := fmt.Sprintf("http://%s:%d", guestAddress, d.port)
+	response, err := client.Get(url + "/health") // the connection stays
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.Copy(io.Discard, response.Body)
+	response.Body.Close()
+	used := len(d.ownDescriptors())
+	limit := unix.Rlimit{Cur: uint64(used), Max: uint64(used)}
+	if err := unix.Prlimit(d.pid, unix.RLIMIT_NOFILE, &limit, nil); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(1500 * time.Millisecond) // what was known is old by then
+	response, err = client.Post(url+"/snapshot/prepare", "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	if response.StatusCode != http.StatusNoContent {
+		t.Errorf("prepare of the host: %s", response.Status)
 	}
 }

@@ -72,12 +72,16 @@ func newServer(o serverOptions, token *accessToken, users *userDB, lifecycle *li
 	// No IdleTimeout: its timer would hold each HTTP/2 connection that breaks with open streams in memory until it fires
 	// (closeStream of net/http sets it once more). tick does it.
 	s.http = &http.Server{
-		Handler: s, Protocols: &protocols, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: 1000},
+		Handler: s, Protocols: &protocols, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: 1000,
+			MaxReceiveBufferPerConnection: receiveBuffer, MaxReceiveBufferPerStream: receiveBuffer, MaxReadFrameSize: 16 << 10},
 		ReadHeaderTimeout: s.headerTimeout, MaxHeaderBytes: 16 << 10, // net/http takes up to 30 times as much
 		ConnState: s.conns.changed, ConnContext: s.conns.accept,
 	}
 	return s
 }
+
+// receiveBuffer bounds, in bytes, what of bodies in HTTP/2 has come and is not read; as much as HTTP/2 lets a client begin with.
+const receiveBuffer = 64 << 10
 
 // streamSendBuffer bounds, in bytes, what the kernel holds of a stream: what is lost in it when a connection breaks must still
 // be in the output log. The kernel doubles the figure for its own overhead (socket(7), SO_SNDBUF).
@@ -101,6 +105,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		breakStream: func() { http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0)) }}
 	s.serve(answer, r.WithContext(context.WithValue(r.Context(), requestKey{}, req)), who.token, admission)
 	answer.finish()
+	conn.yield()
 }
 
 // credentials are what a request has shown.
