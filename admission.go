@@ -35,7 +35,7 @@ import (
 // Prices, in bytes: what they cost in net/http (goroutines, buffers, the parsed header), measured and rounded up.
 const (
 	connectionPrice = 24 << 10
-	requestPrice    = 16 << 10
+	requestPrice    = 24 << 10
 )
 
 const (

@@ -505,7 +505,7 @@ func TestHalfOpenConnections(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs 10,000 connections: not with -short")
 	}
-	d := startDaemon(t)
+	d := startDaemon(t, "--memory-limit", "64MiB") // of which those that wait have 10 MiB
 	grown := crowd(t, d, 10_000, "GET /hea", "POST /process.Process/Start HTTP/1.1\r\nHost: localhost\r\nContent-Ty", "",
 		"PRI * HTTP/2.0\r\n\r\nS")
 	const bound = 40 << 20
@@ -559,7 +559,7 @@ func TestUnfinishedBodies(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs 10,000 connections: not with -short")
 	}
-	d := startDaemon(t)
+	d := startDaemon(t, "--memory-limit", "64MiB")
 	const rest = " HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nContent-Type: application/"
 	grown := crowd(t, d, 10_000, "POST /init"+rest+"json\r\n\r\n{", "POST /process.Process/List"+rest+"json\r\n\r\n{",
 		"POST /process.Process/Start"+rest+"connect+json\r\n\r\n\x00\x00",
