@@ -559,7 +559,7 @@ func TestUnfinishedBodies(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs 10,000 connections: not with -short")
 	}
-	d := startDaemon(t, "--memory-limit", "64MiB")
+	d := startDaemon(t, "--memory-limit", "48MiB")
 	const rest = " HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nContent-Type: application/"
 	grown := crowd(t, d, 10_000, "POST /init"+rest+"json\r\n\r\n{", "POST /process.Process/List"+rest+"json\r\n\r\n{",
 		"POST /process.Process/Start"+rest+"connect+json\r\n\r\n\x00\x00",
