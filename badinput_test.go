@@ -213,10 +213,10 @@ func TestBodyCutInTheMiddle(t *testing.T) {
 		return frame{0, fmt.Sprintf(`{"process":{"cmd":"touch","args":[%q]}}`, filepath.Join(dir, marker))}.bytes()
 	}
 	head := func(method, contentType string, rest string) string {
-		return fmt.Sprintf("POST /process.Process/%s HTTP/1.1\r\nHost: x\r\nContent-Type: %s\r\n%s\r\n\r\n", method,
+		return fmt.Sprintf("POST /process.Process/%s HTTP/1.1\r\nHost: localhost\r\nContent-Type: %s\r\n%s\r\n\r\n", method,
 			contentType, rest)
 	}
-	const init = "POST /init HTTP/1.1\r\nHost: x\r\n"
+	const init = "POST /init HTTP/1.1\r\nHost: localhost\r\n"
 	const stream, unary = "application/connect+json", "application/json"
 	whole := start("cut")
 	length := func(n int) string { return fmt.Sprintf("Content-Length: %d", n) }
@@ -281,23 +281,23 @@ func TestNotHTTP(t *testing.T) {
 		"zeros":                 strings.Repeat("\x00", 4096),
 		"TLS":                   "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + strings.Repeat("A", 500),
 		"text":                  "hello\r\n\r\n",
-		"HTTP/9":                "GET /health HTTP/9.9\r\nHost: x\r\n\r\n",
+		"HTTP/9":                "GET /health HTTP/9.9\r\nHost: localhost\r\n\r\n",
 		"no host":               "GET /health HTTP/1.1\r\n\r\n",
-		"a long line":           "GET /" + strings.Repeat("a", 2<<20) + " HTTP/1.1\r\nHost: x\r\n\r\n",
-		"many headers":          "GET /health HTTP/1.1\r\nHost: x\r\n" + strings.Repeat("X-A: b\r\n", 300_000) + "\r\n",
-		"a bad header":          "GET /health HTTP/1.1\r\nHost: x\r\n: b\r\n\x00\r\n\r\n",
-		"two lengths":           "POST /init HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
-		"negative length":       "POST /init HTTP/1.1\r\nHost: x\r\nContent-Length: -2\r\n\r\n{}",
+		"a long line":           "GET /" + strings.Repeat("a", 2<<20) + " HTTP/1.1\r\nHost: localhost\r\n\r\n",
+		"many headers":          "GET /health HTTP/1.1\r\nHost: localhost\r\n" + strings.Repeat("X-A: b\r\n", 300_000) + "\r\n",
+		"a bad header":          "GET /health HTTP/1.1\r\nHost: localhost\r\n: b\r\n\x00\r\n\r\n",
+		"two lengths":           "POST /init HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+		"negative length":       "POST /init HTTP/1.1\r\nHost: localhost\r\nContent-Length: -2\r\n\r\n{}",
 		"preface and garbage":   preface + strings.Repeat("\xff", 4096),
 		"preface alone":         preface,
 		"endless settings":      preface + strings.Repeat(settings, 20_000),
 		"pings":                 preface + settings + strings.Repeat("\x00\x00\x08\x06\x00\x00\x00\x00\x0012345678", 20_000),
 		"frame of 16 MiB":       preface + settings + "\xff\xff\xff\x00\x00\x00\x00\x00\x01" + strings.Repeat("x", 1<<20),
-		"path of dots":          "GET /../../../../etc/passwd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
-		"absolute":              "GET http://127.0.0.1:1/health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
-		"CONNECT":               "CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: x\r\n\r\n",
-		"OPTIONS *":             "OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
-		"an escape in the path": "GET /%00%ff HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+		"path of dots":          "GET /../../../../etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+		"absolute":              "GET http://127.0.0.1:1/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+		"CONNECT":               "CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+		"OPTIONS *":             "OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+		"an escape in the path": "GET /%00%ff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
 	} {
 		answer := exchange(t, d, true, bytes)
 		if strings.Contains(answer, "root:") {
@@ -502,8 +502,8 @@ func TestHalfOpenConnections(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs 10,000 connections: not with -short")
 	}
-	d := startDaemon(t)
-	grown := crowd(t, d, 10_000, "GET /hea", "POST /process.Process/Start HTTP/1.1\r\nHost: x\r\nContent-Ty", "",
+	d := startDaemon(t, "--memory-limit", "64MiB") // of which those that wait have 10 MiB
+	grown := crowd(t, d, 10_000, "GET /hea", "POST /process.Process/Start HTTP/1.1\r\nHost: localhost\r\nContent-Ty", "",
 		"PRI * HTTP/2.0\r\n\r\nS")
 	const bound = 40 << 20
 	if grown > bound && !raceEnabled() { // the race detector's shadow memory counts too
@@ -518,7 +518,7 @@ func TestHalfOpenConnections(t *testing.T) {
 	conn.SetDeadline(time.Now().Add(5 * time.Second))
 	reader := bufio.NewReader(conn)
 	for range 3 {
-		io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+		io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
 		response, err := http.ReadResponse(reader, nil)
 		if err != nil {
 			t.Fatal(err)
@@ -536,7 +536,7 @@ func TestHeadersOfManyLines(t *testing.T) {
 		fmt.Fprintf(&lines, "%x:\r\n", i)
 	}
 	const bound = 160 << 20
-	if grown := crowd(t, d, 256, "POST /init HTTP/1.1\r\nHost: x\r\n"+lines.String()[:15<<10], "POST /init HTTP/1.1\r\nHost: x\r\n"+lines.String()); grown > bound && !raceEnabled() {
+	if grown := crowd(t, d, 256, "POST /init HTTP/1.1\r\nHost: localhost\r\n"+lines.String()[:15<<10], "POST /init HTTP/1.1\r\nHost: localhost\r\n"+lines.String()); grown > bound && !raceEnabled() {
 		t.Errorf("RSS grew by %d MiB, want less than %d", grown>>20, bound>>20)
 	}
 	conn, err := net.Dial("tcp", d.addr)
@@ -545,7 +545,7 @@ func TestHeadersOfManyLines(t *testing.T) {
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(5 * time.Second))
-	go io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: x\r\n"+lines.String()+"\r\n")
+	go io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: localhost\r\n"+lines.String()+"\r\n")
 	if response, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || response.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
 		t.Errorf("a header too large: %v, %v", response, err)
 	}
@@ -556,8 +556,8 @@ func TestUnfinishedBodies(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs 10,000 connections: not with -short")
 	}
-	d := startDaemon(t)
-	const rest = " HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nContent-Type: application/"
+	d := startDaemon(t, "--memory-limit", "48MiB")
+	const rest = " HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nContent-Type: application/"
 	grown := crowd(t, d, 10_000, "POST /init"+rest+"json\r\n\r\n{", "POST /process.Process/List"+rest+"json\r\n\r\n{",
 		"POST /process.Process/Start"+rest+"connect+json\r\n\r\n\x00\x00",
 		"POST /process.Process/StreamInput"+rest+"connect+json\r\n\r\n")

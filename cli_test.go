@@ -89,7 +89,9 @@ func TestBadFlags(t *testing.T) {
 		{"--no-such-flag"},
 		{"-no-such-flag"},
 		{"--isnotfc", "--no-such-flag=1"},
-		{"--max-waiting-connections=-1"},
+		{"--host-address", "nowhere"},
+		{"--host-address", "10.0.0.1/33"},
+		{"--max-requests", "10"},
 		{"--port", "abc"},
 		{"--port=4x"},
 		{"--port"},
@@ -123,7 +125,7 @@ func TestHelpListsFlagsInGroups(t *testing.T) {
 		"end-silence": "250ms", "end-grace": "2s", "retain-time": "10m", "retain-count": "4096",
 		"start-timeout": "30s", "max-processes": "4096", "stall-timeout": "1m|60s", "stall-timeout-shared": "10s",
 		"keepalive-interval": "1m30s|90s", "header-timeout": "30s", "idle-timeout": "10m40s|640s", "stop-timeout": "5s",
-		"max-waiting-connections": "512", "pids-max": "7/16", "nameservers": "8.8.8.8,1.1.1.1",
+		"answer-timeout": "30s", "host-address": "", "pids-max": "7/16", "nameservers": "8.8.8.8,1.1.1.1",
 		"sync-timeout": "2.4s", "prepared-timeout": "30s", "thaw-timeout": "10m0s",
 	} {
 		line := regexp.MustCompile(`(?m)^\s+--?` + flag + `\b[^-\w].*(\n\s{4,}[^-\s].*)*`).FindString(help)
@@ -222,7 +224,7 @@ func TestSigtermLeavesChildrenAlone(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer conn.Close()
-			fmt.Fprint(conn, "POST /process.Process/List HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+			fmt.Fprint(conn, "POST /process.Process/List HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
 			began := time.Now()
 			if err := d.stop(t); err != nil {
 				t.Errorf("the daemon ended with %v, want exit status 0", err)

@@ -740,7 +740,7 @@ func TestOutOfDescriptors(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+		io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
 		waiting = append(waiting, conn)
 	}
 	limit(1000)
@@ -964,7 +964,7 @@ func TestHostileClients(t *testing.T) {
 	d := startDaemon(t, "--header-timeout", "2s")
 	servesOn(t, d)
 	before, rss := d.ownDescriptors(), d.rss()
-	head := func(rest string) string { return "POST /process.Process/Start HTTP/1.1\r\nHost: x\r\n" + rest }
+	head := func(rest string) string { return "POST /process.Process/Start HTTP/1.1\r\nHost: localhost\r\n" + rest }
 	const megabyte = 1 << 20
 	var sent atomic.Int64
 	flood := func(what, beginning, piece string) {
@@ -999,7 +999,7 @@ func TestHostileClients(t *testing.T) {
 			flood("chunked unary", head("Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"), "10000\r\n"+strings.Repeat(" ", 64<<10)+"\r\n")
 		})
 		wait.Go(func() {
-			flood("init", "POST /init HTTP/1.1\r\nHost: x\r\nContent-Length: 104857600\r\n\r\n", strings.Repeat(" ", 64<<10))
+			flood("init", "POST /init HTTP/1.1\r\nHost: localhost\r\nContent-Length: 104857600\r\n\r\n", strings.Repeat(" ", 64<<10))
 		})
 	}
 	dropped := atomic.Int64{}
@@ -1033,7 +1033,7 @@ func TestHostileClients(t *testing.T) {
 				return
 			}
 			defer conn.Close()
-			io.WriteString(conn, strings.Repeat("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", 2000))
+			io.WriteString(conn, strings.Repeat("GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n", 2000))
 			conn.(*net.TCPConn).CloseWrite()
 			time.Sleep(time.Second)
 			conn.(*net.TCPConn).SetLinger(0)
@@ -1107,11 +1107,11 @@ func TestConnectionsBeyondTheBound(t *testing.T) {
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Cur < uint64(count)+1000 {
 		t.Skipf("needs more open files: RLIMIT_NOFILE is %d", limit.Cur)
 	}
-	d := startDaemon(t)
+	d := startDaemon(t, "--memory-limit", "64MiB") // of which 10 are for those that wait, at 24 KiB each: 426
 	servesOn(t, d)
 	before, rss := d.ownDescriptors(), d.rss()
 	stream := d.start(t, sh("while read line; do echo $line; done; exit 5"))
-	const request = "GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+	const request = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 	ask := func(conn net.Conn) error {
 		conn.SetDeadline(time.Now().Add(20 * time.Second))
 		if _, err := io.WriteString(conn, request); err != nil {

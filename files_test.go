@@ -524,7 +524,7 @@ func TestBrokenUploads(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\nContent-Length: %d\r\n\r\n", filesPath("path", file), size)
+		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\nContent-Length: %d\r\n\r\n", filesPath("path", file), size)
 		conn.Write(content[:rand.IntN(size)])
 		if i%2 == 0 {
 			conn.(*net.TCPConn).SetLinger(0)

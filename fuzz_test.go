@@ -92,13 +92,13 @@ func envelope(flags byte, message string) string {
 func FuzzRequest(f *testing.F) {
 	addr, dir := fuzzedDaemon(f)
 	post := func(path, contentType, body string, headers ...string) {
-		f.Add(fmt.Sprintf("POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: %s\r\n%sContent-Length: %d\r\n\r\n%s", path, contentType,
+		f.Add(fmt.Sprintf("POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: %s\r\n%sContent-Length: %d\r\n\r\n%s", path, contentType,
 			strings.Join(append(headers, ""), "\r\n"), len(body), body))
 	}
-	f.Add("GET /files?path=" + dir + "/f&username=nobody HTTP/1.1\r\nHost: x\r\nRange: bytes=0-1,5-\r\nAccept-Encoding: gzip;q=0.5,*;q=0\r\n\r\n")
+	f.Add("GET /files?path=" + dir + "/f&username=nobody HTTP/1.1\r\nHost: localhost\r\nRange: bytes=0-1,5-\r\nAccept-Encoding: gzip;q=0.5,*;q=0\r\n\r\n")
 	f.Add("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00\x04\x01\x04\x00\x00\x00\x01")
-	f.Add("OPTIONS /process.Process/Start HTTP/1.1\r\nHost: x\r\nOrigin: http://localhost\r\nAccess-Control-Request-Method: POST\r\n\r\n")
-	f.Add("GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: text/plain;version=0.0.4;q=0.5\r\n\r\nGET /envs HTTP/1.0\r\n\r\n")
+	f.Add("OPTIONS /process.Process/Start HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\nAccess-Control-Request-Method: POST\r\n\r\n")
+	f.Add("GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: text/plain;version=0.0.4;q=0.5\r\n\r\nGET /envs HTTP/1.0\r\n\r\n")
 	post("/process.Process/Start", "application/connect+json", envelope(0, `{"process":{"cmd":"/bin/true"},"pty":{"size":{"cols":80}}}`),
 		"Connect-Timeout-Ms: 100", "Keepalive-Ping-Interval: 1")
 	post("/process.Process/StreamInput", "application/connect+json", envelope(0, `{"start":{"process":{"tag":"x"}}}`)+envelope(2, `{}`))

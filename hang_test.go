@@ -496,7 +496,7 @@ func TestHangingExec(t *testing.T) {
 					waitFor(t, 5*time.Second, "a child that hangs", func() bool { return len(descendantsOf(d.pid)) == 2 })
 				}
 				header := []string{"keep-alive", "close"}[request]
-				fmt.Fprintf(connection, "GET /health HTTP/1.1\r\nHost: envd\r\nConnection: %s\r\n\r\n", header)
+				fmt.Fprintf(connection, "GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: %s\r\n\r\n", header)
 				if n, err := connection.Read(make([]byte, 4096)); n == 0 {
 					t.Fatal(err)
 				}

@@ -920,7 +920,7 @@ func TestServerTimeouts(t *testing.T) {
 	}
 	for what, text := range map[string]string{
 		"half a header":          "GET /health HTTP/1.1\r\nHost:",
-		"idle after an answer":   "GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+		"idle after an answer":   "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
 		"nothing at all":         "",
 		"half an HTTP/2 preface": "PRI * HTTP/2.0\r\n\r\nSM",
 	} {
@@ -938,14 +938,14 @@ func TestServerTimeouts(t *testing.T) {
 // While the daemon is still being put together /health is answered, and every other request waits.
 func TestHealthComesFirst(t *testing.T) {
 	t.Parallel()
-	s := newServer(serverOptions{version: "1", maxWaiting: 10, maxRequests: 10}, &accessToken{}, &userDB{}, newLifecycle(lifecycleOptions{}, false), nil)
+	s := newServer(serverOptions{version: "1"}, &accessToken{}, &userDB{}, newLifecycle(lifecycleOptions{}, false), nil)
 	s.services = func() map[string]http.Handler { return nil }
 	s.routes = []route{{"GET", "/health", true, s.health}}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	go s.http.Serve(listener)
+	go s.listen(listener)
 	defer s.http.Close()
 	status := func(path string) int {
 		answer, err := http.Get("http://" + listener.Addr().String() + path)
@@ -960,7 +960,11 @@ func TestHealthComesFirst(t *testing.T) {
 	for _, path := range []string{"/nothing", "/process.Process/List", "/health/"} {
 		go func() { others <- status(path) }()
 	}
-	waitFor(t, 5*time.Second, "three requests", func() bool { return s.requests.Load() == 3 })
+	waitFor(t, 5*time.Second, "three requests", func() bool {
+		requests := 0
+		s.conns.each(func(c *connection) { requests += c.requests })
+		return requests == 3
+	})
 	for range 20 {
 		if got := status("/health"); got != http.StatusOK {
 			t.Errorf("/health: %d", got)

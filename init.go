@@ -24,17 +24,19 @@ import (
 )
 
 // Bounds of the body, in bytes: anyone may send one, and it is read before its token is known. 1 MiB of environment is what
-// execve(2) takes at best, and 128 KiB of one variable. Few of the larger bodies are read at a time.
+// execve(2) takes at best, and 128 KiB of one variable. Few of the larger bodies are read at a time. What is decoded takes a few
+// times the body.
 const (
 	initBodyLimit = 1 << 20
 	initBodySmall = 64 << 10
+	initDecoded   = 4
 	variableLimit = 128<<10 - 1
+
+	initReadTimeout = 30 * time.Second // for the body
 
 	initPatience = 20 * time.Second // for the lock and what is done under it
 	filePatience = 5 * time.Second  // for the bundle of certificates
 )
-
-var largeInits, hashLookups = make(chan struct{}, 8), make(chan struct{}, 8)
 
 type initService struct {
 	version  string
@@ -43,6 +45,9 @@ type initService struct {
 	files    *fileService
 	runDir   string // of the files that tell the guest about its sandbox
 	guest    bool   // of Firecracker: the clock is ours, and there is a metadata service
+
+	// These wait for a place in a measure of strangers.
+	largeBody, lookup func(context.Context) (leave func(), err error)
 
 	thaw     func() // undoes a freeze: before anything is written
 	setClock func(time.Time)
@@ -76,23 +81,43 @@ type initRequest struct {
 	timestamp time.Time
 }
 
-func parseInit(body io.Reader) (*initRequest, error) {
-	text, err := io.ReadAll(io.LimitReader(body, initBodySmall))
-	if len(text) == initBodySmall {
-		select {
-		case largeInits <- struct{}{}:
-			defer func() { <-largeInits }()
-		default:
-			return nil, errors.New("too many large bodies are being read")
+// readInit reads the body. What it returns is held by the request's memory.
+func (s *initService) readInit(w http.ResponseWriter, r *http.Request) (text []byte, err error) {
+	memory := requestOf(r.Context()).memory
+	body := http.MaxBytesReader(w, r.Body, initBodyLimit)
+	if text, err = io.ReadAll(io.LimitReader(body, initBodySmall)); len(text) == initBodySmall {
+		leave, err := s.largeBody(r.Context())
+		if err != nil {
+			return nil, err
 		}
-		var rest []byte
-		rest, err = io.ReadAll(body)
-		text = append(text, rest...)
+		defer leave()
+		if err := memory.take(r.Context(), initBodyLimit); err != nil {
+			return nil, err
+		}
+		http.NewResponseController(w).SetReadDeadline(time.Now().Add(initReadTimeout))
+		whole := bytes.NewBuffer(append(make([]byte, 0, initBodyLimit+bytes.MinRead), text...))
+		_, err = whole.ReadFrom(body)
+		text = whole.Bytes()
+	} else if err == nil {
+		err = memory.take(r.Context(), int64(len(text)))
 	}
 	if err != nil {
-		return nil, fmt.Errorf("cannot read the body: %w", err)
+		err = fmt.Errorf("cannot read the body: %w", err)
 	}
-	req := &initRequest{body: text}
+	return text, err
+}
+
+// tokenOf is the token of a body that may be worth nothing else.
+func tokenOf(body []byte) (token string) {
+	var req struct {
+		AccessToken string `json:"accessToken"`
+	}
+	json.Unmarshal(body, &req)
+	return req.AccessToken
+}
+
+func parseInit(text []byte) (req *initRequest, err error) {
+	req = &initRequest{body: text}
 	if text = bytes.TrimSpace(text); len(text) == 0 {
 		return req, nil
 	}
@@ -149,18 +174,32 @@ var errBusy = errors.New("another request holds this one up")
 func (s *initService) serve(w http.ResponseWriter, r *http.Request) {
 	arrived := time.Now()
 	w.Header().Set("X-Envd-Version", s.version)
-	http.NewResponseController(w).SetReadDeadline(arrived.Add(30 * time.Second))
-	req, err := parseInit(http.MaxBytesReader(w, r.Body, initBodyLimit))
+	http.NewResponseController(w).SetReadDeadline(arrived.Add(initReadTimeout))
+	text, err := s.readInit(w, r)
+	var req *initRequest
+	if err == nil {
+		if s.token.matches(tokenOf(text)) {
+			requestOf(r.Context()).vouch()
+		}
+		if err = requestOf(r.Context()).memory.take(r.Context(), initDecoded*int64(len(text))); err == nil {
+			req, err = parseInit(text)
+		}
+	}
 	if err != nil {
-		jsonError(w, http.StatusBadRequest, err.Error())
+		status := http.StatusBadRequest
+		if known := (*budgetError)(nil); errors.As(err, &known) || errors.Is(err, errNoPlace) {
+			status = http.StatusServiceUnavailable
+		}
+		jsonError(w, status, err.Error())
 		return
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), initPatience)
-	defer cancel()
-	err = s.process(ctx, req, arrived)
+	err = s.process(r.Context(), req, arrived)
 	w.Header().Set("Cache-Control", "no-store")
 	switch {
 	case err == nil:
+		if req.token != "" {
+			requestOf(r.Context()).vouch()
+		}
 		w.WriteHeader(http.StatusNoContent)
 	case err == errTokenWrong, err == errTokenReset:
 		http.Error(w, err.Error(), http.StatusUnauthorized)
@@ -172,15 +211,17 @@ func (s *initService) serve(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *initService) process(ctx context.Context, req *initRequest, arrived time.Time) error {
+	ctx, cancel := context.WithTimeout(ctx, initPatience)
+	defer cancel()
 	var host metadata
 	if s.guest && !s.token.matches(req.token) {
 		// Not under the lock: who has no token holds up nobody who has it.
-		select {
-		case hashLookups <- struct{}{}:
-			host, _ = fetchMetadata(ctx)
-			<-hashLookups
-		case <-ctx.Done():
+		leave, err := s.lookup(ctx)
+		if err != nil {
+			return errBusy
 		}
+		host, _ = fetchMetadata(ctx)
+		leave()
 		if ctx.Err() != nil {
 			return errBusy
 		}

@@ -4,7 +4,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -166,7 +165,7 @@ func FuzzInit(f *testing.F) {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
-		req, err := parseInit(bytes.NewReader(body))
+		req, err := parseInit(body)
 		if err != nil {
 			if err.Error() == "" || len(err.Error()) > 1000 {
 				t.Errorf("%q", err)
@@ -187,7 +186,7 @@ func FuzzInit(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		req2, err := parseInit(bytes.NewReader(again))
+		req2, err := parseInit(again)
 		if err != nil || !maps.Equal(req2.env, req.env) || req2.CABundle != req.CABundle || !req2.timestamp.Equal(req.timestamp) ||
 			!slices.Equal(req2.VolumeMounts, req.VolumeMounts) || req2.HyperloopIP != req.HyperloopIP {
 			t.Errorf("%q: %v, %+v; was %+v", again, err, req2, req)
@@ -205,6 +204,7 @@ func bareInit(t testing.TB, guest bool) (s *initService, events *[]string) {
 	note := func(event string) { *events = append(*events, event) }
 	s.thaw = func() { note(fmt.Sprintf("thaw %v", s.settings.env)) }
 	s.setClock = func(to time.Time) { note("clock " + to.UTC().Format(time.DateOnly)) }
+	s.lookup = func(context.Context) (leave func(), err error) { return func() {}, nil }
 	s.resume = func(parts ...[]byte) { note(fmt.Sprintf("resume %q", parts)) }
 	return s, events
 }
@@ -215,7 +215,7 @@ func TestOrderOfEffects(t *testing.T) {
 	s.token.set("secret")
 	s.settings.setSystem("SANDBOX_ID", "cl-1")
 	do := func(body string) error {
-		req, err := parseInit(strings.NewReader(body))
+		req, err := parseInit([]byte(body))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -249,7 +249,7 @@ func TestOrderOfEffects(t *testing.T) {
 	}
 	// Who cannot have the lock in time is told so.
 	s.lock <- struct{}{}
-	req, _ := parseInit(strings.NewReader(newer))
+	req, _ := parseInit([]byte(newer))
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if err := s.process(ctx, req, time.Now()); !errors.Is(err, errBusy) {

@@ -31,12 +31,12 @@ var floors = [][]string{
 	{"process", "fs", "files", "ports", "snapshot", "metrics"},
 	{"spawn", "watch_inotify", "pipes", "request"},
 	{"output", "pty_linux", "cgroup", "path", "user", "auth", "mmds", "log", "settings", "poller", "codec"},
-	{"budget", "procfs"},
+	{"budget", "procfs", "neighbours"},
 }
 
 // annexes are files that belong to the room of another name.
 var annexes = map[string]string{"vfork_amd64": "spawn", "vfork_arm64": "spawn", "entry_amd64": "pid1", "entry_arm64": "pid1", "system": "init",
-	"upload": "files", "archive": "files"}
+	"upload": "files", "archive": "files", "admission": "server"}
 
 // doors are the references that are allowed between two rooms on one floor.
 var doors = map[[2]string]bool{{"path", "user"}: true, {"log", "mmds"}: true}

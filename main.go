@@ -76,11 +76,21 @@ func parseFlags() *config {
 	f.Var(&c.memoryLimit, "memory-limit", "General: `bytes` that envd holds for clients and the guest, output included, with a unit KiB, MiB or GiB (default an eighth of the memory, 32MiB to 512MiB)")
 	f.BoolVar(&c.showVersion, "version", false, "General: print the version and exit")
 	f.BoolVar(&c.showCommit, "commit", false, "General: print the commit and exit")
-	f.Func("allow-origin", "Who may ask: comma-separated `origins` of web pages that may ask without a token under --isnotfc; * allows all", func(list string) error {
+	f.Func("allow-origin", "Who may ask: comma-separated `origins` of web pages that may ask without a token under --isnotfc, and whose hosts are, beside loopback ones, names and addresses that we may be asked under (http://192.168.1.2:49983); * allows all", func(list string) error {
 		c.server.allowedOrigins = strings.Split(list, ",")
 		return nil
 	})
-	f.BoolVar(&c.server.noLocalClients, "no-local-clients", false, "Who may ask: refuse every peer that has one of this machine's own addresses")
+	f.Func("host-address", "Who may ask: `address` or CIDR of the host of a guest, may be repeated: nobody else may prepare a snapshot, or ask at all with --no-local-clients (default everybody who has none of the guest's own addresses and is not behind its bridges and veths, but for those of the default route and of --forward-address)", func(text string) error {
+		host, err := netip.ParsePrefix(text)
+		if err != nil {
+			var addr netip.Addr
+			addr, err = netip.ParseAddr(text)
+			host = netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen())
+		}
+		c.server.hosts = append(c.server.hosts, host.Masked())
+		return err
+	})
+	f.BoolVar(&c.server.noLocalClients, "no-local-clients", false, "Who may ask: refuse every peer that is on this machine or in one of its containers (--host-address)")
 	f.StringVar(&c.cgroupRoot, "cgroup-root", "", "Control groups: cgroup2 `directory` for the groups of processes (default /sys/fs/cgroup; under --isnotfc envd's own)")
 	f.BoolVar(&c.noCgroups, "no-cgroups", false, "Control groups: use process groups only")
 	f.IntVar(&c.pidsMax, "pids-max", 0, "Control groups: `count` of processes and threads in the group of terminals, and in that of other processes (default 7/16 of the kernel's limit)")
@@ -101,8 +111,7 @@ func parseFlags() *config {
 	f.DurationVar(&c.watcherIdle, "watcher-idle", time.Hour, "Streams: how long a polling watcher is kept that no client asks")
 	f.DurationVar(&c.server.headerTimeout, "header-timeout", 30*time.Second, "Server: how long a client may take to send a request's header")
 	f.DurationVar(&c.server.idleTimeout, "idle-timeout", 640*time.Second, "Server: how long a connection is kept open between requests")
-	f.UintVar(&c.server.maxWaiting, "max-waiting-connections", 512, "Server: `count` of connections that may wait for a request or the rest of one; beyond it the oldest is closed")
-	f.UintVar(&c.server.maxRequests, "max-requests", 8192, "Server: `count` of requests, streams among them, that may be served at once")
+	f.DurationVar(&c.server.answerTimeout, "answer-timeout", 30*time.Second, "Server: how long a client may take nothing of an answer that is no stream and no file")
 	f.DurationVar(&c.stopTimeout, "stop-timeout", 5*time.Second, "Server: how long requests may take to finish after SIGTERM")
 	f.DurationVar(&c.life.syncTimeout, "sync-timeout", 2400*time.Millisecond, "Snapshots: how long preparing one waits for the disk; 0s: dirty data is not written")
 	f.DurationVar(&c.life.backstop, "prepared-timeout", 30*time.Second, "Snapshots: how long the sandbox stays prepared for one when nobody asks for /health or /init")
@@ -217,7 +226,9 @@ func run(c *config) int {
 			exporter.redirect(m.Address, m.InstanceID, m.EnvID)
 		},
 	}
+	c.server.guestAddress = c.forward
 	srv := newServer(c.server, token, users, life, budget)
+	initer.largeBody, initer.lookup = srv.inits.enter, srv.lookups.enter
 	srv.services = sync.OnceValue(func() map[string]http.Handler {
 		process, processHandler := pb.NewProcessHandler(processes, rpcOptions()...)
 		fs, fsHandler := pb.NewFilesystemHandler(filesystem, append(rpcOptions(), boundFileCalls)...)
@@ -246,7 +257,7 @@ func run(c *config) int {
 	if ownsMachine {
 		<-network
 	}
-	go srv.http.Serve(tireless{listener})
+	go srv.listen(listener)
 
 	// From here on /health is answered; other requests wait for what follows.
 	if uid := os.Geteuid(); uid != 0 {
@@ -266,6 +277,7 @@ func run(c *config) int {
 		ticks = append(ticks, (&reclaimer{busy: life.preparing}).tick)
 	}
 	metrics.sample(time.Now())
+	srv.inside.refresh(0)
 	go poller.run() // this and what follows lives as long as the daemon does
 	if isInit {
 		go spawner.reapOrphans()
@@ -298,11 +310,7 @@ func run(c *config) int {
 		c.stopTimeout = min(c.stopTimeout, time.Second)
 	}
 	close(stopping)
-	srv.conns.each(func(conn net.Conn, o *connection) {
-		if o.place != nil { // requests are waited for, but not their clients
-			conn.Close()
-		}
-	})
+	srv.conns.closeWaiting() // requests are waited for, but not their clients
 	ctx, cancel := context.WithTimeout(context.Background(), c.stopTimeout*9/10)
 	defer cancel()
 	srv.http.Shutdown(ctx)

@@ -405,7 +405,7 @@ func TestSlowMMDSHoldsNobodyUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	const body = `{"accessToken":"left"}`
-	fmt.Fprintf(conn, "POST /init HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+	fmt.Fprintf(conn, "POST /init HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
 	waitFor(t, 5*time.Second, "asked", func() bool { return mmds.asked.Load() > before })
 	conn.(*net.TCPConn).SetLinger(0)
 	conn.Close()

@@ -117,7 +117,7 @@ func TestMessagesAreBounded(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		fmt.Fprintf(conn, "POST /init HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{%s", strings.Repeat(" ", 900_000))
+		fmt.Fprintf(conn, "POST /init HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n{%s", strings.Repeat(" ", 900_000))
 	}
 	d.healthy(t)
 	if peak := d.peakRSS(); peak > 100<<20 && !raceEnabled() {
@@ -320,7 +320,7 @@ func TestPeerWithAZone(t *testing.T) {
 		l.Close()
 	}
 	guest, host := newGuest(t)
-	d := startDaemonWith(t, daemonConfig{netns: guest, listen: "default", args: argv("--no-local-clients")})
+	d := startDaemonWith(t, daemonConfig{netns: guest, listen: "default", args: argv("--no-local-clients", "--allow-origin", "*")})
 	var address string
 	waitFor(t, 10*time.Second, "a link-local address", func() bool {
 		guest.do(func() {

@@ -22,7 +22,12 @@ type request struct {
 	breakStream func()
 	// keepFlush lets what is written from now on wait for the end of the response: one packet and one wake-up of the client less.
 	keepFlush func()
+	// vouch says that the body has shown the access token: neither the request nor its connection is a stranger's any more.
+	vouch func()
 }
+
+// errNoPlace says that others are at what a request is for (measure), and have been for long.
+var errNoPlace = errors.New("too many requests that have not shown the access token are being served")
 
 type requestKey struct{}
 
@@ -30,7 +35,7 @@ func requestOf(ctx context.Context) *request {
 	if r, ok := ctx.Value(requestKey{}).(*request); ok {
 		return r
 	}
-	return &request{breakStream: func() {}, keepFlush: func() {}}
+	return &request{breakStream: func() {}, keepFlush: func() {}, vouch: func() {}}
 }
 
 // actingUser is the account that a request acts as: the one it names, else the default one.

@@ -6,11 +6,9 @@
 package main
 
 import (
-	"container/list"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -18,11 +16,11 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
+
+	pb "envd/proto"
 )
 
 type serverOptions struct {
@@ -30,10 +28,11 @@ type serverOptions struct {
 	isnotfc        bool
 	allowedOrigins []string
 	noLocalClients bool
+	hosts          []netip.Prefix // who is the host; none: everybody who is not inside
+	guestAddress   netip.Addr     // at which the host reaches a guest
 	headerTimeout  time.Duration
 	idleTimeout    time.Duration
-	maxWaiting     uint
-	maxRequests    uint
+	answerTimeout  time.Duration
 }
 
 type route struct {
@@ -52,68 +51,102 @@ type server struct {
 	services  func() map[string]http.Handler // by path prefix; made at the first call, which is later than the first /health
 	ready     chan struct{}                  // closed when all that requests may need is there
 	conns     connections
-	requests  atomic.Int64 // being served
+	strangers *measure // requests to /init and /snapshot/prepare
+	inits     *measure // large bodies of /init
+	lookups   *measure // in the host's metadata, of requests to /init
+	inside    neighbours
 	http      *http.Server
 }
 
 func newServer(o serverOptions, token *accessToken, users *userDB, lifecycle *lifecycle, budget *budget) *server {
 	s := &server{serverOptions: o, token: token, users: users, lifecycle: lifecycle, budget: budget, ready: make(chan struct{})}
-	s.conns = connections{max: o.maxWaiting, open: map[net.Conn]*connection{}}
+	s.conns = connections{budget: budget, token: token, open: map[*connection]bool{}, held: map[netip.Addr]holdings{}}
+	s.strangers, s.inits = newMeasure(&s.conns, strangerRequests), newMeasure(&s.conns, largeInits)
+	s.lookups, s.inside.outward = newMeasure(&s.conns, metadataLookups), o.guestAddress
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
 	// No IdleTimeout: its timer would hold each HTTP/2 connection that breaks with open streams in memory until it fires
 	// (closeStream of net/http sets it once more). tick does it.
 	s.http = &http.Server{
-		Handler: s, Protocols: &protocols, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: 1000},
+		Handler: s, Protocols: &protocols, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: 1000,
+			MaxReceiveBufferPerConnection: receiveBuffer, MaxReceiveBufferPerStream: receiveBuffer, MaxReadFrameSize: 16 << 10},
 		ReadHeaderTimeout: s.headerTimeout, MaxHeaderBytes: 16 << 10, // net/http takes up to 30 times as much
-		ConnState:   s.conns.changed,
-		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
+		ConnState: s.conns.changed, ConnContext: s.conns.accept,
 	}
 	return s
 }
 
-type connKey struct{}
-
-func connOf(r *http.Request) net.Conn {
-	conn, _ := r.Context().Value(connKey{}).(net.Conn)
-	return conn
-}
+// receiveBuffer bounds, in bytes, what of bodies in HTTP/2 has come and is not read; as much as HTTP/2 lets a client begin with.
+const receiveBuffer = 64 << 10
 
 // streamSendBuffer bounds, in bytes, what the kernel holds of a stream: what is lost in it when a connection breaks must still
 // be in the output log. The kernel doubles the figure for its own overhead (socket(7), SO_SNDBUF).
 const streamSendBuffer = 64 << 10
 
+// ServeHTTP pays for a request (admission.go) and lets it be answered.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	conn := connOf(r)
+	who := s.credentials(r)
+	admission := s.conns.begin(r.Context(), conn, who.token, who.trusted)
+	defer s.conns.end(conn, admission)
+	answer := &answer{ResponseWriter: w, conn: conn, http2: r.ProtoMajor == 2, patience: s.answerTimeout}
+	if r.ContentLength != 0 {
+		body := s.conns.countBody(conn, r.Body)
+		defer body.end()
+		r.Body = body
+	}
+	req := &request{memory: admission.memory, vouch: func() { s.conns.vouch(conn, admission.memory) }, keepFlush: func() { answer.quiet = true },
+		breakStream: func() { http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0)) }}
+	s.serve(answer, r.WithContext(context.WithValue(r.Context(), requestKey{}, req)), who.token, admission)
+	answer.finish()
+	conn.yield()
+}
+
+// credentials are what a request has shown.
+type credentials struct {
+	token   bool // the access token
+	trusted bool // the token, or a signature that stands for it, or there is no token
+}
+
+func (s *server) credentials(r *http.Request) (c credentials) {
+	header := r.Header.Get("X-Access-Token")
+	c.token = header != "" && s.token.matches(header)
+	if c.trusted = c.token || !s.token.isSet(); !c.trusted && r.URL.Path == "/files" && strings.Contains(r.URL.RawQuery, "signature=") {
+		operation := "read"
+		if r.Method == http.MethodPost {
+			operation = "write"
+		}
+		status, _ := s.token.refuseFile(header, r.URL.Query(), operation, time.Now())
+		c.trusted = status == 0
+	}
+	return c
+}
+
+func (s *server) serve(w *answer, r *http.Request, token bool, admitted admission) {
 	if s.cors(w, r) {
 		return
 	}
-	requests := s.requests.Add(1)
-	defer s.requests.Add(-1)
+	if err := admitted.refusal; err != nil {
+		jsonError(w, http.StatusServiceUnavailable, err.Error())
+		return
+	}
 	if r.URL.Path != "/health" {
-		if requests > int64(s.maxRequests) {
-			jsonError(w, http.StatusServiceUnavailable, "too many requests are being served (--max-requests)")
-			return
-		}
 		select {
 		case <-s.ready:
 		case <-r.Context().Done(): // its client has not waited
 			return
 		}
 	}
-	conn := connOf(r)
-	if r.ProtoMajor == 1 && r.ContentLength != 0 {
-		s.conns.waits(conn, true)
-		r.Body = &countedBody{r.Body, func(more bool) { s.conns.waits(conn, more) }}
-	}
-	if s.noLocalClients && fromHere(r) {
+	if s.noLocalClients && s.fromInside(r) {
 		jsonError(w, http.StatusForbidden, "clients on this machine are refused (--no-local-clients)")
 		return
 	}
-	if origin := r.Header.Get("Origin"); origin != "" && s.isnotfc && !s.token.isSet() && !s.originAllowed(origin) {
-		// Any page that a developer visits could run commands otherwise.
-		jsonError(w, http.StatusForbidden, fmt.Sprintf("origin %s is not allowed (--allow-origin)", origin))
-		return
+	if s.isnotfc && !s.token.isSet() {
+		if err := s.checkPage(r); err != nil {
+			jsonError(w, http.StatusForbidden, err.Error())
+			return
+		}
 	}
 	var found *route
 	var others []string
@@ -124,62 +157,67 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			others = append(others, o.method)
 		}
 	}
-	if s.token.isSet() && (found == nil || !found.open) && !s.token.matches(r.Header.Get("X-Access-Token")) {
+	if s.token.isSet() && (found == nil || !found.open) && !token {
 		jsonError(w, http.StatusUnauthorized,
 			"unauthorized access, please provide a valid access token or method signing if supported")
 		return
 	}
-	flusher := &heldWriter{ResponseWriter: w}
-	memory := s.budget.grant(forRequests)
-	defer memory.close()
-	req := &request{memory: memory, breakStream: func() { http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0)) },
-		keepFlush: func() { flusher.held = true }}
 	if name, _, named := r.BasicAuth(); named {
 		user, err := s.users.lookup(name)
 		if err != nil {
 			connect.NewErrorWriter().Write(w, r, wireError(connect.CodeUnauthenticated, "invalid username: '%s'", name))
 			return
 		}
-		req.user = &user
+		requestOf(r.Context()).user = &user
 	}
-	r = r.WithContext(context.WithValue(r.Context(), requestKey{}, req))
 	switch {
 	case found != nil:
-		if found.open && r.URL.Path != "/files" { // /health, /init, prepare: whoever sends one is alive
-			s.conns.with(conn, func(o *connection) { o.carried++ })
-			defer s.conns.with(conn, func(o *connection) { o.carried-- })
-		}
-		found.handler(w, r)
+		s.serveRoute(w, r, found, admitted.stranger)
 	case others != nil:
 		w.Header()["Allow"] = others
 		w.WriteHeader(http.StatusMethodNotAllowed)
 	default:
-		s.serveRPC(flusher, r)
+		s.serveRPC(w, r)
 	}
 }
 
-// heldWriter can leave out the flush that connect makes after each message.
-type heldWriter struct {
-	http.ResponseWriter
-	held bool
-}
-
-func (w *heldWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
-
-func (w *heldWriter) Flush() {
-	if !w.held {
-		http.NewResponseController(w.ResponseWriter).Flush()
+func (s *server) serveRoute(w *answer, r *http.Request, found *route, stranger bool) {
+	switch found.path {
+	case "/files":
+		w.unlimited()
+		if !w.http2 {
+			found.handler(w.ResponseWriter, r) // by sendfile
+			return
+		}
+	case "/init", "/snapshot/prepare":
+		if stranger {
+			leave, err := s.strangers.enter(r.Context())
+			if err != nil {
+				jsonError(w, http.StatusServiceUnavailable, err.Error())
+				return
+			}
+			defer leave()
+		}
+		fallthrough
+	case "/health": // whoever sends one of these is alive
+		s.conns.carries(w.conn, 1)
+		defer s.conns.carries(w.conn, -1)
 	}
+	found.handler(w, r)
 }
 
-func (s *server) serveRPC(w http.ResponseWriter, r *http.Request) {
+// streams are what last as long as their clients like, who may take them as slowly as they like.
+var streams = []string{pb.ProcessStartProcedure, pb.ProcessConnectProcedure, pb.ProcessStreamInputProcedure, pb.FilesystemWatchDirProcedure}
+
+func (s *server) serveRPC(w *answer, r *http.Request) {
 	service := s.services()[r.URL.Path[:strings.LastIndexByte(r.URL.Path, '/')+1]]
 	if service == nil {
 		http.NotFound(w, r)
 		return
 	}
-	if conn, ok := connOf(r).(*net.TCPConn); ok {
-		conn.SetWriteBuffer(streamSendBuffer)
+	w.conn.SetWriteBuffer(streamSendBuffer)
+	if slices.Contains(streams, r.URL.Path) {
+		w.unlimited()
 	}
 	meterRPC(r, requestOf(r.Context()).memory)
 	service.ServeHTTP(w, r)
@@ -213,35 +251,63 @@ func (s *server) cors(w http.ResponseWriter, r *http.Request) (answered bool) {
 	return true
 }
 
+// checkPage refuses what a web page could have made a developer's browser send, who has no token: any page that is visited could
+// run commands otherwise. A page of this machine may ask, and one that --allow-origin names. Others show by their Origin; where
+// a browser sends none (for a script, an image, a link) by Sec-Fetch-Site; after DNS rebinding, which makes them look like our
+// own, by the name that they have us for, which is then no loopback one.
+func (s *server) checkPage(r *http.Request) error {
+	origin := r.Header.Get("Origin")
+	site := r.Header.Get("Sec-Fetch-Site")
+	switch {
+	case slices.Contains(s.allowedOrigins, "*"):
+	case origin != "" && !s.originAllowed(origin):
+		return fmt.Errorf("origin %s is not allowed (--allow-origin)", origin)
+	case origin == "" && (site == "cross-site" || site == "same-site"):
+		return errors.New("another page's request without an Origin is not allowed (Sec-Fetch-Site)")
+	case !s.hostAllowed(r.Host):
+		return fmt.Errorf("host %s is not allowed: it is no loopback name or address, and --allow-origin does not name it", r.Host)
+	}
+	return nil
+}
+
 func (s *server) originAllowed(origin string) bool {
-	if slices.Contains(s.allowedOrigins, origin) || slices.Contains(s.allowedOrigins, "*") {
+	if slices.Contains(s.allowedOrigins, origin) {
 		return true
 	}
 	u, err := url.Parse(origin)
-	if err != nil {
-		return false
-	}
-	ip := net.ParseIP(u.Hostname())
-	return u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
+	return err == nil && isLoopbackName(u.Hostname())
 }
 
-// fromHere tells whether the peer's address is one of this machine's own.
-func fromHere(r *http.Request) bool {
-	from, _ := netip.ParseAddrPort(r.RemoteAddr) // with a zone, where it is a link's
-	peer := net.IP(from.Addr().AsSlice())
-	addrs, err := net.InterfaceAddrs()
-	if local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr); ok {
-		addrs = append(addrs, &net.IPNet{IP: local.IP})
-	}
-	return err != nil || peer == nil || peer.IsLoopback() || slices.ContainsFunc(addrs, func(a net.Addr) bool {
-		n, ok := a.(*net.IPNet)
-		return ok && n.IP.Equal(peer)
+// hostAllowed is for the header Host. Who sends none (HTTP/1.0) is no browser.
+func (s *server) hostAllowed(host string) bool {
+	u := url.URL{Host: host}
+	return host == "" || isLoopbackName(u.Hostname()) || slices.ContainsFunc(s.allowedOrigins, func(origin string) bool {
+		allowed, err := url.Parse(origin)
+		return err == nil && allowed.Host != "" && strings.EqualFold(allowed.Hostname(), u.Hostname())
 	})
+}
+
+// isLoopbackName tells whether a name or an address can only mean this machine (RFC 6761, section 6.3).
+func isLoopbackName(name string) bool {
+	name = strings.ToLower(strings.TrimSuffix(name, "."))
+	ip := net.ParseIP(name)
+	return name == "localhost" || strings.HasSuffix(name, ".localhost") || ip != nil && ip.IsLoopback()
+}
+
+// fromInside tells whether the peer is on this machine, or in one of its containers, and not the host.
+func (s *server) fromInside(r *http.Request) bool {
+	from, _ := netip.ParseAddrPort(r.RemoteAddr) // with a zone, where it is a link's
+	peer := from.Addr()
+	if len(s.hosts) > 0 {
+		return !slices.ContainsFunc(s.hosts, func(host netip.Prefix) bool { return host.Contains(peer.Unmap().WithZone("")) })
+	}
+	local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
+	return ok && local.AddrPort().Addr().Unmap() == peer.Unmap() || s.inside.inside(peer)
 }
 
 // health is also how the host says that it goes on after a snapshot. It waits for no lock that other work could hold.
 func (s *server) health(w http.ResponseWriter, r *http.Request) {
-	if s.lifecycle.state.Load() >= statePrepared && (s.isnotfc || !fromHere(r)) { // else a guest could end what its host has prepared
+	if s.lifecycle.state.Load() >= statePrepared && (s.isnotfc || !s.fromInside(r)) { // else a guest could end what its host has prepared
 		s.lifecycle.restore(restoreWait, []byte(r.RemoteAddr), fmt.Append(nil, r.Header))
 	}
 	w.Header().Set("Content-Type", "application/json")
@@ -250,7 +316,7 @@ func (s *server) health(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) prepare(w http.ResponseWriter, r *http.Request) {
-	if !s.isnotfc && fromHere(r) {
+	if !s.isnotfc && s.fromInside(r) {
 		jsonError(w, http.StatusForbidden, "a sandbox cannot prepare its own snapshot")
 		return
 	}
@@ -261,30 +327,36 @@ func (s *server) prepare(w http.ResponseWriter, r *http.Request) {
 // are in use are dead when it is resumed, and reset, so that no handler waits for a client that is gone.
 func (s *server) quiesce(time.Time) {
 	s.http.SetKeepAlivesEnabled(false) // closes what is idle, but for HTTP/2
-	s.conns.each(func(c net.Conn, o *connection) {
-		if !o.idle.IsZero() {
+	s.conns.each(func(c *connection) {
+		if !c.idle.IsZero() {
 			c.Close()
 		}
 	})
 }
 
 func (s *server) resume() {
-	s.conns.each(func(c net.Conn, o *connection) {
-		if o.opened.Before(*s.lifecycle.since.Load()) && o.carried == 0 {
-			c.(*net.TCPConn).SetLinger(0)
+	s.conns.each(func(c *connection) {
+		if c.opened.Before(*s.lifecycle.since.Load()) && c.carried == 0 {
+			c.SetLinger(0)
 			c.Close()
 		}
 	})
 	s.http.SetKeepAlivesEnabled(true)
 }
 
+// listen serves what comes to a listener of TCP, until that is closed.
+func (s *server) listen(listener net.Listener) error { return s.http.Serve(tireless{listener}) }
+
 // tireless goes on whatever accept(2), or a full epoll set (ENOSPC), fails with: for most of it net/http would stop serving.
 type tireless struct{ net.Listener }
 
-func (l tireless) Accept() (conn net.Conn, err error) {
+func (l tireless) Accept() (net.Conn, error) {
 	for said := false; ; said = true {
-		if conn, err = l.Listener.Accept(); err == nil || errors.Is(err, net.ErrClosed) {
-			return conn, err
+		conn, err := l.Listener.Accept()
+		if err == nil {
+			return &connection{TCPConn: conn.(*net.TCPConn)}, nil
+		} else if errors.Is(err, net.ErrClosed) {
+			return nil, err
 		}
 		if !said {
 			slog.Warn("a connection was not accepted", "logger", "envd", "error", err)
@@ -295,90 +367,10 @@ func (l tireless) Accept() (conn net.Conn, err error) {
 
 // tick is called about once a second.
 func (s *server) tick(now time.Time) {
-	s.conns.each(func(c net.Conn, o *connection) {
-		if !o.idle.IsZero() && now.Sub(o.idle) >= s.idleTimeout {
+	s.inside.refresh(neighboursRefresh)
+	s.conns.each(func(c *connection) {
+		if !c.idle.IsZero() && now.Sub(c.idle) >= s.idleTimeout {
 			c.Close()
 		}
 	})
-}
-
-// connections are all that are open. It bounds those of HTTP/1 that wait for their client: for a request, half-open ones among
-// them, or for the rest of its body. Each costs some 20 KiB. Beyond the bound the one that has waited longest is closed.
-type connections struct {
-	max uint
-
-	mu      sync.Mutex // protects what follows, and every connection; nothing is done under it that takes time
-	open    map[net.Conn]*connection
-	waiting list.List // of net.Conn, the longest waiting first
-}
-
-type connection struct {
-	place   *list.Element // in waiting, or nil
-	idle    time.Time     // since when; zero: it is not
-	opened  time.Time
-	carried int // requests that begin or end the preparation of a snapshot
-}
-
-func (cs *connections) each(do func(net.Conn, *connection)) {
-	cs.mu.Lock()
-	defer cs.mu.Unlock()
-	for c, o := range cs.open {
-		do(c, o)
-	}
-}
-
-func (cs *connections) changed(c net.Conn, state http.ConnState) {
-	cs.mu.Lock()
-	defer cs.mu.Unlock()
-	if state == http.StateNew {
-		cs.open[c] = &connection{opened: time.Now()}
-	}
-	if o := cs.open[c]; o != nil {
-		if o.idle = (time.Time{}); state == http.StateIdle {
-			o.idle = time.Now()
-		}
-		cs.waitsLocked(c, o, state == http.StateIdle || state == http.StateNew)
-	}
-	if state == http.StateClosed || state == http.StateHijacked {
-		delete(cs.open, c)
-	}
-}
-
-func (cs *connections) with(c net.Conn, do func(*connection)) {
-	cs.mu.Lock()
-	defer cs.mu.Unlock()
-	if o := cs.open[c]; o != nil {
-		do(o)
-	}
-}
-
-func (cs *connections) waits(c net.Conn, waits bool) {
-	cs.with(c, func(o *connection) { cs.waitsLocked(c, o, waits) })
-}
-
-func (cs *connections) waitsLocked(c net.Conn, o *connection, waits bool) {
-	if o.place != nil {
-		cs.waiting.Remove(o.place)
-		o.place = nil
-	}
-	if waits {
-		o.place = cs.waiting.PushBack(c)
-	}
-	if uint(cs.waiting.Len()) > cs.max {
-		oldest := cs.waiting.Front().Value.(net.Conn)
-		cs.waitsLocked(oldest, cs.open[oldest], false)
-		oldest.Close()
-	}
-}
-
-// countedBody is a request's body; while it is not complete the connection counts as waiting.
-type countedBody struct {
-	io.ReadCloser
-	progress func(more bool)
-}
-
-func (b *countedBody) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
-	b.progress(err == nil)
-	return n, err
 }

@@ -1,0 +1,744 @@
+// Who is served first: what connections and requests cost, who goes when there is no room, and the small measure of strangers.
+//
+// Every connection and every request is paid for from the budget (budget.go) before it is served. With a token set, who has not
+// shown it is a stranger; without one, a connection counts as a stranger's while it waits for its client. All strangers together
+// have the quarter of the budget that is their class.
+//
+// Who finds no room takes that of the peer whose connections cost most, in the same class: of these goes the one that serves
+// nothing, then the one that waits for the rest of a body, the longest waiting first, then the dearest. Where the newcomer's own
+// peer holds most, nothing that is being served goes, but the newcomer is refused. What strangers may do beside /health, which is
+// to set the daemon up and to prepare a snapshot, is for a few at a time (measure).
+//
+// To close a connection is the only remedy: a handler whose client grants HTTP/2 no window, or reads nothing, hears nothing else.
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Prices, in bytes: what they cost in net/http (goroutines, buffers, the parsed header), measured and rounded up.
+const (
+	connectionPrice = 24 << 10
+	requestPrice    = 24 << 10
+)
+
+const (
+	strangerConnections = 256      // at once, with a token set
+	strangerRequests    = 64       // the same, to /init and /snapshot/prepare
+	largeInits          = 8        // bodies of /init above initBodySmall, strangers' or not
+	metadataLookups     = 8        // of strangers' requests to /init
+	peerShare           = 4        // one peer address has at most one part in so many of each
+	strangerUnsent      = 64 << 10 // bytes of answers on one connection
+	measurePatience     = 10 * time.Second
+	strangerRefusals    = 8 // answers on one connection that refuse a request, before it is closed: they are paid by nobody
+	clientRefusals      = 128
+)
+
+// connections are all that are open.
+type connections struct {
+	budget *budget
+	token  *accessToken
+
+	mu   sync.Mutex // protects what follows, and every connection; nothing is done under it that takes time
+	open map[*connection]bool
+	held map[netip.Addr]holdings // by peer; also of requests whose connection is closed, until they end
+}
+
+// holdings are bytes of the budget, by class.
+type holdings [budgetClasses]int64
+
+// connection is one of a client. Nothing is read from it while a write to it hangs: the answers to what was read, those of HTTP/2
+// itself (PING, SETTINGS) among them, would be held without end.
+type connection struct {
+	*net.TCPConn
+	writes  sync.Mutex   // holds whoever writes
+	limited atomic.Bool  // it has a write deadline
+	yields  atomic.Bool  // it is a stranger's, with a token set: others go first
+	alive   atomic.Int64 // when its client was last heard of, in nanoseconds of the Unix time
+
+	// Under the mutex of connections:
+	peer     netip.Addr // of IPv6 the network, 64 bits: who has one address there has them all
+	memory   *grant
+	class    budgetClass
+	held     int64 // bytes that it and its requests have, for who holds most of one peer
+	shown    bool  // a request has shown the token
+	requests int   // being served
+	bodies   int   // of them that are not complete
+	refused  int   // of them that are not paid for
+	carried  int   // of them that begin or end the preparation of a snapshot
+	opened   time.Time
+	idle     time.Time // since when; zero: it is not
+}
+
+func (c *connection) Read(p []byte) (int, error) {
+	c.writes.Lock() // waits for a write that hangs
+	c.writes.Unlock()
+	n, err := c.TCPConn.Read(p)
+	c.yield()
+	return n, err
+}
+
+// yield lets others go first: who sends requests without waiting for their answers would be served for 10 ms on end, which for
+// a hundred of them is long.
+func (c *connection) yield() {
+	if c.yields.Load() {
+		runtime.Gosched()
+	}
+}
+
+// setUnsent bounds what the kernel holds that has not been sent.
+func (c *connection) setUnsent(bytes int) {
+	raw, err := c.SyscallConn()
+	if err == nil {
+		raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, bytes) })
+	}
+}
+
+func (c *connection) Write(p []byte) (int, error) {
+	c.writes.Lock()
+	defer c.writes.Unlock()
+	n, err := c.TCPConn.Write(p)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		c.SetLinger(0)
+	}
+	return n, err
+}
+
+// abort closes a connection; the kernel is not to keep what its client does not take.
+func (c *connection) abort() {
+	c.SetLinger(0)
+	c.Close()
+}
+
+func (c *connection) heard() { c.alive.Store(time.Now().UnixNano()) }
+
+type connKey struct{}
+
+func connOf(r *http.Request) *connection {
+	conn, _ := r.Context().Value(connKey{}).(*connection)
+	return conn
+}
+
+// peerOf is whom a connection is counted for.
+func peerOf(remote net.Addr) netip.Addr {
+	tcp, _ := remote.(*net.TCPAddr)
+	if tcp == nil {
+		return netip.Addr{}
+	}
+	addr := tcp.AddrPort().Addr().Unmap().WithZone("")
+	if addr.Is6() {
+		network, _ := addr.Prefix(64)
+		addr = network.Addr()
+	}
+	return addr
+}
+
+// ---- connections ---------------------------------------------------------------------------------------------------
+
+// accept takes a connection in, or closes it.
+func (cs *connections) accept(ctx context.Context, conn net.Conn) context.Context {
+	c := conn.(*connection)
+	c.peer, c.memory, c.opened = peerOf(c.RemoteAddr()), cs.budget.grant(forStrangers), time.Now()
+	c.heard()
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	cs.open[c] = true
+	if cs.token.isSet() {
+		c.yields.Store(true)
+		c.setUnsent(strangerUnsent)
+	}
+	cs.enterLocked(c)
+	return context.WithValue(ctx, connKey{}, c)
+}
+
+// changed follows the states that net/http has a connection in.
+func (cs *connections) changed(conn net.Conn, state http.ConnState) {
+	c := conn.(*connection)
+	c.heard()
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	c.idle = time.Time{}
+	switch state {
+	case http.StateIdle:
+		c.idle = time.Now()
+		if c.limited.Swap(false) {
+			c.SetWriteDeadline(time.Time{})
+		}
+		if cs.open[c] && !c.shown && c.class == forRequests {
+			cs.payBackLocked(c)
+			c.class = forStrangers
+			c.memory.become(forStrangers)
+			cs.enterLocked(c)
+		}
+	case http.StateClosed, http.StateHijacked:
+		cs.forgetLocked(c)
+	}
+}
+
+// enterLocked gives a connection its place among strangers, or closes it.
+func (cs *connections) enterLocked(c *connection) {
+	if cs.crowdedLocked(c) || cs.takeLocked(c, c.memory, connectionPrice) == errNoRoom {
+		cs.closeLocked(c)
+	}
+}
+
+func (cs *connections) each(do func(*connection)) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for c := range cs.open {
+		do(c)
+	}
+}
+
+// closeWaiting closes what waits for a client.
+func (cs *connections) closeWaiting() {
+	cs.each(func(c *connection) {
+		if c.rank() != serving {
+			c.Close()
+		}
+	})
+}
+
+func (cs *connections) forgetLocked(c *connection) {
+	delete(cs.open, c)
+	cs.payBackLocked(c)
+	c.memory.close()
+}
+
+// payBackLocked gives back what a connection has, without its requests.
+func (cs *connections) payBackLocked(c *connection) {
+	has := c.memory.holds()
+	c.memory.give(has)
+	c.held -= has
+	cs.countLocked(c.peer, c.class, -has)
+}
+
+func (cs *connections) countLocked(peer netip.Addr, class budgetClass, bytes int64) {
+	h := cs.held[peer]
+	if h[class] += bytes; h == (holdings{}) {
+		delete(cs.held, peer)
+	} else {
+		cs.held[peer] = h
+	}
+}
+
+func (cs *connections) closeLocked(c *connection) {
+	cs.forgetLocked(c) // its requests give back what is theirs when they have ended
+	if c.rank() == serving {
+		c.abort()
+	}
+	c.Close()
+}
+
+// What a connection is doing, the least worth keeping first.
+const (
+	unused = iota
+	incomplete
+	serving
+)
+
+func (c *connection) rank() int {
+	switch c.requests {
+	case 0:
+		return unused
+	case c.bodies:
+		return incomplete
+	}
+	return serving
+}
+
+// These say why takeLocked takes nothing.
+var (
+	errNoRoom   = errors.New("envd has no memory left for another request from this address (--memory-limit)")
+	errRoomSoon = errors.New("what the peer that holds most had is about to be given back")
+)
+
+// takeLocked takes what c, or a request on it, needs, from others if need be.
+func (cs *connections) takeLocked(c *connection, memory *grant, bytes int64) error {
+	for {
+		var weights map[netip.Addr]int64
+		if cs.strangersShareLocked(c, bytes) {
+			if memory.tryTake(bytes) == nil {
+				c.held += bytes
+				cs.countLocked(c.peer, c.class, bytes)
+				return nil
+			}
+			weights = map[netip.Addr]int64{}
+			for peer, h := range cs.held {
+				weights[peer] = h[c.class]
+			}
+		}
+		goes, own := cs.heaviestLocked(c, weights)
+		switch {
+		case goes != nil:
+			cs.closeLocked(goes)
+		case own:
+			return errNoRoom
+		default:
+			return errRoomSoon
+		}
+	}
+}
+
+// strangersShareLocked tells whether the peer of c may have so many bytes more: of strangers one address may have a part.
+func (cs *connections) strangersShareLocked(c *connection, bytes int64) bool {
+	if c.class != forStrangers || cs.budget == nil || !cs.token.isSet() {
+		return true
+	}
+	share := cs.budget.size / 16 * classShares[forStrangers]
+	return cs.held[c.peer][forStrangers]+bytes <= share/peerShare
+}
+
+// heaviestLocked is a connection, in the class of c, of the peer that has the most weight, or nil, and whether that is c's own.
+func (cs *connections) heaviestLocked(c *connection, weights map[netip.Addr]int64) (goes *connection, own bool) {
+	heaviest := c.peer
+	for peer, weight := range weights {
+		if weight > weights[heaviest] {
+			heaviest = peer
+		}
+	}
+	for other := range cs.open {
+		switch {
+		case other == c, other.class != c.class, other.peer != heaviest:
+		case heaviest == c.peer && other.rank() == serving:
+		case goes == nil || compareWorth(other, goes) < 0:
+			goes = other
+		}
+	}
+	return goes, heaviest == c.peer
+}
+
+// compareWorth orders connections of one peer, that which goes first before the others.
+func compareWorth(a, b *connection) int {
+	byPrice := cmp.Compare(b.held, a.held)
+	if a.rank() != serving {
+		byPrice = 0
+	}
+	return cmp.Or(cmp.Compare(a.rank(), b.rank()), byPrice, cmp.Compare(a.alive.Load(), b.alive.Load()))
+}
+
+// crowdedLocked keeps strangers to their number; true: c has no place among them.
+func (cs *connections) crowdedLocked(c *connection) bool {
+	if !cs.token.isSet() {
+		return false
+	}
+	for {
+		all, own, counts := 0, 0, map[netip.Addr]int64{}
+		for other := range cs.open {
+			if other.class == forStrangers {
+				all++
+				counts[other.peer]++
+			}
+		}
+		own = int(counts[c.peer])
+		var goes *connection
+		switch {
+		case own > strangerConnections/peerShare:
+			goes, _ = cs.heaviestLocked(c, nil) // its own
+		case all > strangerConnections:
+			goes, _ = cs.heaviestLocked(c, counts)
+		default:
+			return false
+		}
+		if goes == nil {
+			return true
+		}
+		cs.closeLocked(goes)
+	}
+}
+
+// ---- requests ------------------------------------------------------------------------------------------------------
+
+// admission is that of one request.
+type admission struct {
+	memory   *grant
+	class    budgetClass // of the price; 0 is forStrangers
+	stranger bool
+	refusal  error // or nil
+}
+
+// begin pays for a request, which end follows in any case. It waits a moment for what others are about to give back.
+func (cs *connections) begin(ctx context.Context, c *connection, shown, trusted bool) (a admission) {
+	c.heard()
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	c.requests++
+	c.shown = c.shown || shown
+	if a.stranger = !trusted && !c.shown; !a.stranger {
+		a.class = forRequests
+		cs.trustLocked(c)
+	}
+	a.memory = cs.budget.grant(a.class)
+	a.refusal = net.ErrClosed
+	if cs.open[c] {
+		a.refusal = cs.takeLocked(c, a.memory, requestPrice)
+	}
+	most := clientRefusals
+	if a.stranger {
+		most = strangerRefusals
+	}
+	if a.refusal == nil {
+		return a
+	}
+	if c.refused++; c.refused > most { // nor may many wait who have paid nothing
+		cs.closeLocked(c)
+	} else if a.refusal == errRoomSoon {
+		cs.mu.Unlock()
+		a.refusal = a.memory.take(ctx, requestPrice)
+		cs.mu.Lock()
+		if a.refusal == nil {
+			c.refused--
+			c.held += requestPrice
+			cs.countLocked(c.peer, a.class, requestPrice)
+		}
+	}
+	return a
+}
+
+func (cs *connections) trustLocked(c *connection) {
+	if c.class == forRequests {
+		return
+	}
+	if c.yields.Swap(false) {
+		c.setUnsent(-1) // no bound
+	}
+	has := c.memory.holds()
+	cs.countLocked(c.peer, c.class, -has)
+	cs.countLocked(c.peer, forRequests, has)
+	c.class = forRequests
+	c.memory.become(forRequests)
+}
+
+// vouch says that a request has shown the token in its body.
+func (cs *connections) vouch(c *connection, memory *grant) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	c.shown = true
+	cs.trustLocked(c)
+	memory.become(forRequests)
+}
+
+func (cs *connections) hasShown(c *connection) bool {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	return c.shown
+}
+
+func (cs *connections) end(c *connection, a admission) {
+	a.memory.close()
+	c.heard()
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	c.requests--
+	if a.refusal != nil {
+		c.refused--
+	} else {
+		c.held -= requestPrice
+		cs.countLocked(c.peer, a.class, -requestPrice)
+	}
+}
+
+// carries counts requests that begin or end the preparation of a snapshot: their connection outlives it.
+func (cs *connections) carries(c *connection, one int) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	c.carried += one
+}
+
+// countedBody is a request's body: it tells whether its connection waits for the rest of it.
+type countedBody struct {
+	io.ReadCloser
+	conns    *connections
+	conn     *connection
+	complete bool
+}
+
+func (cs *connections) countBody(c *connection, body io.ReadCloser) *countedBody {
+	b := &countedBody{ReadCloser: body, conns: cs, conn: c}
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	c.bodies++
+	return b
+}
+
+func (b *countedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if b.conn.heard(); err != nil {
+		b.end()
+	}
+	return n, err
+}
+
+// end is called when the body is complete, and after the request, which may not have read it.
+func (b *countedBody) end() {
+	b.conns.mu.Lock()
+	defer b.conns.mu.Unlock()
+	if !b.complete {
+		b.complete = true
+		b.conn.bodies--
+	}
+}
+
+// ---- the measure of strangers --------------------------------------------------------------------------------------
+
+// measure is how many may be at something at once, of one peer at most a part of them. Who finds all places taken gets one of
+// the peer that has most, which loses its connection, if that has two more than he would have; else he waits.
+type measure struct {
+	conns  *connections
+	places int
+
+	mu      sync.Mutex // protects what follows; taken before that of connections
+	taken   []*measured
+	waiting []*measured
+}
+
+type measured struct {
+	conn  *connection
+	ready chan struct{} // closed when it has got its place
+}
+
+func newMeasure(conns *connections, places int) *measure {
+	return &measure{conns: conns, places: places}
+}
+
+// enter is for the request of a context: it waits for a place, and answers how it is left. The error is errNoPlace, or that of the
+// context. Whose connection has shown the token needs no place.
+func (m *measure) enter(ctx context.Context) (leave func(), err error) {
+	conn, _ := ctx.Value(connKey{}).(*connection)
+	if conn == nil || m.conns.hasShown(conn) {
+		return func() {}, nil
+	}
+	place := &measured{conn, make(chan struct{})}
+	leave = func() { m.leave(place) }
+	if !m.queue(place) {
+		return nil, errNoPlace
+	}
+	patience := time.NewTimer(measurePatience)
+	defer patience.Stop()
+	select {
+	case <-place.ready:
+		return leave, nil
+	case <-ctx.Done():
+		err = ctx.Err()
+	case <-patience.C:
+		err = errNoPlace
+	}
+	leave()
+	return nil, err
+}
+
+func count(list []*measured, peer netip.Addr) (n int) {
+	for _, p := range list {
+		if p.conn.peer == peer {
+			n++
+		}
+	}
+	return n
+}
+
+// queue is false where even too many wait.
+func (m *measure) queue(place *measured) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	peer := place.conn.peer
+	m.giveLocked(place)
+	if !slices.Contains(m.taken, place) && len(m.taken) >= m.places {
+		m.displaceLocked(count(m.taken, peer) + 2)
+		m.giveLocked(place)
+	}
+	if slices.Contains(m.taken, place) {
+		return true
+	}
+	if count(m.waiting, peer) >= m.places || len(m.waiting) >= peerShare*m.places {
+		return false
+	}
+	m.waiting = append(m.waiting, place)
+	return true
+}
+
+// giveLocked gives a place if there is one for that peer.
+func (m *measure) giveLocked(place *measured) (given bool) {
+	given = len(m.taken) < m.places && count(m.taken, place.conn.peer) < max(1, m.places/peerShare)
+	if given {
+		m.taken = append(m.taken, place)
+		close(place.ready)
+	}
+	return given
+}
+
+// displaceLocked ends the oldest of the peer that has most, if that are so many.
+func (m *measure) displaceLocked(many int) {
+	most := slices.MaxFunc(m.taken, func(a, b *measured) int {
+		return cmp.Compare(count(m.taken, a.conn.peer), count(m.taken, b.conn.peer))
+	})
+	if count(m.taken, most.conn.peer) < many {
+		return
+	}
+	m.conns.mu.Lock()
+	m.conns.closeLocked(most.conn)
+	m.conns.mu.Unlock()
+	m.taken = slices.DeleteFunc(m.taken, func(p *measured) bool { return p.conn == most.conn })
+}
+
+func (m *measure) leave(place *measured) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	other := func(p *measured) bool { return p == place }
+	m.taken, m.waiting = slices.DeleteFunc(m.taken, other), slices.DeleteFunc(m.waiting, other)
+	m.waiting = slices.DeleteFunc(m.waiting, m.giveLocked)
+}
+
+// ---- answers -------------------------------------------------------------------------------------------------------
+
+const (
+	answerPiece = 64 << 10 // bytes: what a client takes in the time that it has for progress
+	answerStart = 4 << 10  // bytes that are kept back in HTTP/2, so that a small answer tells its length
+)
+
+// answer is the response to a request. But for streams and transfers, a client has to take some of it within a time. In HTTP/2 it
+// has been sent when finish returns, so that it is paid for until then: net/http would send the end of it after the handler.
+type answer struct {
+	http.ResponseWriter
+	conn     *connection
+	http2    bool
+	patience time.Duration // 0: the client may take as long as it likes
+	quiet    bool          // what is written waits for the end of the response (request.keepFlush)
+
+	status int    // kept back with what follows
+	start  []byte // of an answer in HTTP/2, until it is flushed
+	sent   bool
+
+	mu    sync.Mutex // protects what follows
+	timer *time.Timer
+	ended bool
+	cuts  int
+}
+
+func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
+
+func (a *answer) keepsBack() bool { return a.http2 && a.patience > 0 && !a.sent }
+
+func (a *answer) WriteHeader(status int) {
+	if a.keepsBack() && status >= 200 {
+		a.status = cmp.Or(a.status, status)
+		return
+	}
+	a.ResponseWriter.WriteHeader(status)
+}
+
+func (a *answer) Write(p []byte) (n int, err error) {
+	if a.keepsBack() {
+		if len(a.start)+len(p) <= answerStart {
+			a.start = append(a.start, p...)
+			return len(p), nil
+		}
+		err = a.sendStart()
+	}
+	for first := true; err == nil && (first || n < len(p)); first = false {
+		var written int
+		a.expectProgress()
+		written, err = a.ResponseWriter.Write(p[n:min(n+answerPiece, len(p))])
+		n += written
+	}
+	return n, err
+}
+
+// sendStart is for what was kept back.
+func (a *answer) sendStart() (err error) {
+	a.sent = true
+	if a.status != 0 {
+		a.ResponseWriter.WriteHeader(a.status)
+	}
+	if len(a.start) > 0 {
+		a.expectProgress()
+		_, err = a.ResponseWriter.Write(a.start)
+	}
+	return err
+}
+
+func (a *answer) Flush() {
+	if a.quiet {
+		return
+	}
+	if a.keepsBack() {
+		a.sendStart()
+	}
+	a.expectProgress()
+	http.NewResponseController(a.ResponseWriter).Flush()
+}
+
+// unlimited is for streams and transfers.
+func (a *answer) unlimited() { a.patience = 0 }
+
+// finish ends a complete answer.
+func (a *answer) finish() {
+	if !a.http2 {
+		if a.patience > 0 && !a.conn.limited.Load() { // nothing was written but the header, which net/http is to send
+			a.expectProgress()
+		}
+		return
+	}
+	if a.keepsBack() {
+		if len(a.start) > 0 && a.Header().Get("Content-Length") == "" {
+			a.Header().Set("Content-Length", strconv.Itoa(len(a.start)))
+		}
+		if a.sendStart(); len(a.start) == 0 {
+			return // a header waits for no window
+		}
+	}
+	a.expectProgress()
+	http.NewResponseController(a.ResponseWriter).Flush()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.ended = true; a.timer != nil {
+		a.timer.Stop()
+	}
+}
+
+// expectProgress gives the client time for what is sent next. In HTTP/1 the deadline is the connection's, until that is idle. In
+// HTTP/2 it is the stream's and, a second later, where not even its end can be sent, the connection's.
+func (a *answer) expectProgress() {
+	switch {
+	case a.patience == 0:
+	case !a.http2:
+		a.conn.limited.Store(true)
+		a.conn.SetWriteDeadline(time.Now().Add(a.patience))
+	default:
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if a.timer == nil {
+			a.timer = time.AfterFunc(a.patience, a.cut)
+		} else if a.cuts == 0 {
+			a.timer.Reset(a.patience)
+		}
+	}
+}
+
+func (a *answer) cut() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch a.cuts++; {
+	case a.ended:
+	case a.cuts == 1:
+		http.NewResponseController(a.ResponseWriter).SetWriteDeadline(time.Unix(1, 0))
+		a.timer.Reset(time.Second)
+	default:
+		a.conn.abort()
+	}
+}
