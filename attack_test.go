@@ -99,10 +99,20 @@ func isOver(ended <-chan struct{}) bool {
 	}
 }
 
-// lendsPower says that a file runs as another one than the user who wrote its content.
-func lendsPower(st *unix.Stat_t, user uint32) bool {
-	return st.Mode&unix.S_IFMT == unix.S_IFREG && (st.Mode&unix.S_ISUID != 0 && st.Uid != user ||
-		st.Mode&(unix.S_ISGID|0o010) == unix.S_ISGID|0o010 && st.Gid != user)
+// lendsPower says that a file runs as another one than the user who wrote its content. It looks twice: stat(2) reads mode and
+// owner one after the other, without the lock that chown(2) changes both under.
+func lendsPower(stat func(st *unix.Stat_t) error, user uint32) bool {
+	var st unix.Stat_t
+	for range 2 {
+		if stat(&st) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
+			return false
+		}
+		asOwner := st.Mode&unix.S_ISUID != 0 && st.Uid != user
+		if inGroup := st.Mode&(unix.S_ISGID|0o010) == unix.S_ISGID|0o010 && st.Gid != user; !asOwner && !inGroup {
+			return false
+		}
+	}
+	return true
 }
 
 // setIDAttacker keeps its files f and g, two names of one, set-ID and without room for attributes, and looks whether any that it
@@ -130,8 +140,7 @@ func setIDAttacker(args []string) {
 			unix.Fchmod(fd, 0o6777)
 		}
 		for _, fd := range kept {
-			var st unix.Stat_t
-			if unix.Fstat(fd, &st) == nil && lendsPower(&st, uidUser) {
+			if lendsPower(func(st *unix.Stat_t) error { return unix.Fstat(fd, st) }, uidUser) {
 				made++
 			}
 		}
@@ -152,10 +161,11 @@ func TestAttackSetID(t *testing.T) {
 		d.try("POST", filesPath("path", home+"/"+name, "username", user), request[1], content, headers...)
 		entries, _ := os.ReadDir(home)
 		for _, entry := range entries {
-			var st unix.Stat_t
-			if unix.Lstat(filepath.Join(home, entry.Name()), &st) == nil && lendsPower(&st, uidUser) {
+			path := filepath.Join(home, entry.Name())
+			if lendsPower(func(st *unix.Stat_t) error { return unix.Lstat(path, st) }, uidUser) {
 				seen.Add(1)
-				t.Errorf("%s: mode %o, owner %d:%d", entry.Name(), st.Mode, st.Uid, st.Gid)
+				st := lstat(t, path)
+				t.Errorf("%s: mode %o, owner %d:%d", path, st.Mode, st.Uid, st.Gid)
 			}
 		}
 	}

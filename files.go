@@ -120,7 +120,8 @@ func (s *fileService) acting(r *http.Request, query url.Values, operation string
 // mayArchive refuses a whole directory to a signed URL, which stands for one file.
 func (s *fileService) mayArchive(r *http.Request) error {
 	if s.token.isSet() && !s.token.matches(r.Header.Get("X-Access-Token")) {
-		return httpErrorf(http.StatusForbidden, "an archive needs the access token in X-Access-Token: a signed URL stands for one file")
+		return httpErrorf(http.StatusForbidden,
+			"an archive needs the access token in X-Access-Token: a signed URL stands for one file")
 	}
 	return nil
 }

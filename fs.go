@@ -337,8 +337,9 @@ func (s *fsService) move(user *account, from, to string) (err error) {
 	if source.kind() == unix.S_IFDIR {
 		source.name += "/" // nothing else that is put in its place meanwhile is moved
 	}
-	exposed := source.kind() != unix.S_IFDIR && (shared(&source.dirs) || source.dirs.Uid != 0 && source.dirs.Uid != target.dirs.Uid)
-	if exposed && source.as == nil && !sameFile && idOf(&source.dirs) != idOf(&target.dirs) {
+	exposed := shared(&source.dirs) || source.dirs.Uid != 0 && source.dirs.Uid != target.dirs.Uid
+	elsewhere := !sameFile && idOf(&source.dirs) != idOf(&target.dirs)
+	if exposed && elsewhere && source.as == nil && source.kind() != unix.S_IFDIR {
 		return moveChecked(source, target, weaker)
 	}
 	return weaker.do(func() error { return rename(source, target) })

@@ -264,10 +264,11 @@ func foreign(dirs, st *unix.Stat_t) bool {
 	return st.Mode&unix.S_IFMT != unix.S_IFDIR && st.Nlink > 1 && (shared(dirs) || dirs.Uid != 0 && st.Uid != dirs.Uid)
 }
 
-// kernels are the file systems in which the kernel shows itself. It asks there for other rights than those that actAs takes away.
-var kernels = []int64{unix.PROC_SUPER_MAGIC, unix.SYSFS_MAGIC, unix.CGROUP_SUPER_MAGIC, unix.CGROUP2_SUPER_MAGIC, unix.DEBUGFS_MAGIC,
-	unix.TRACEFS_MAGIC, unix.SECURITYFS_MAGIC, configfsMagic, unix.BPF_FS_MAGIC, unix.PSTOREFS_MAGIC, unix.EFIVARFS_MAGIC, fusectlMagic,
-	unix.BINFMTFS_MAGIC, unix.RDTGROUP_SUPER_MAGIC, unix.NSFS_MAGIC, unix.SELINUX_MAGIC, unix.SMACK_MAGIC, unix.AAFS_MAGIC, unix.XENFS_SUPER_MAGIC}
+// kernels are the file systems in which the kernel shows itself, and asks for other rights than those that actAs gives up.
+var kernels = []int64{unix.PROC_SUPER_MAGIC, unix.SYSFS_MAGIC, unix.CGROUP_SUPER_MAGIC, unix.CGROUP2_SUPER_MAGIC,
+	unix.DEBUGFS_MAGIC, unix.TRACEFS_MAGIC, unix.SECURITYFS_MAGIC, configfsMagic, unix.BPF_FS_MAGIC, unix.PSTOREFS_MAGIC,
+	unix.EFIVARFS_MAGIC, fusectlMagic, unix.BINFMTFS_MAGIC, unix.RDTGROUP_SUPER_MAGIC, unix.NSFS_MAGIC, unix.SELINUX_MAGIC,
+	unix.SMACK_MAGIC, unix.AAFS_MAGIC, unix.XENFS_SUPER_MAGIC}
 
 const configfsMagic, fusectlMagic = 0x62656570, 0x65735543
 
