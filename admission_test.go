@@ -750,3 +750,21 @@ func TestHostWithoutDescriptors(t *testing.T) {
 		t.Errorf("prepare of the host: %s", response.Status)
 	}
 }
+
+// What a handler leaves unread of a body is not taken for requests.
+func TestUnreadBodyIsNoRequest(t *testing.T) {
+	d := startDaemon(t, "--memory-limit", "32MiB")
+	conn, err := net.Dial("tcp", d.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	inside := strings.Repeat("GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 300_000)
+	go fmt.Fprintf(conn, "POST /process.Process/SendInput HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"+
+		"Content-Length: %d\r\n\r\n%s", len(inside), inside) // more than there is memory for
+	conn.SetReadDeadline(time.Now().Add(20 * time.Second))
+	answers, _ := io.ReadAll(conn) // a reset may end it
+	if n := strings.Count(string(answers), "HTTP/1.1 "); n != 1 || !strings.HasPrefix(string(answers), "HTTP/1.1 429 ") {
+		t.Errorf("%d answers to one request, the first %.60q", n, answers)
+	}
+}

@@ -91,14 +91,17 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	admission := s.conns.begin(r.Context(), conn, who.token, who.trusted)
 	defer s.conns.end(conn, admission)
 	answer := &answer{ResponseWriter: w, conn: conn, http2: r.ProtoMajor == 2, patience: s.answerTimeout}
+	req := &request{memory: admission.memory, vouch: func() { s.conns.vouch(conn, admission.memory) }, keepFlush: func() { answer.quiet = true },
+		breakStream: func() { http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0)) }}
+	// From here on it is a copy: in net/http's own request its own body must stay, by which it sees that one was not read to
+	// its end, and that what follows on the connection is no request.
+	r = r.WithContext(context.WithValue(r.Context(), requestKey{}, req))
 	if r.ContentLength != 0 {
 		body := s.conns.countBody(conn, r.Body)
 		defer body.end()
 		r.Body = body
 	}
-	req := &request{memory: admission.memory, vouch: func() { s.conns.vouch(conn, admission.memory) }, keepFlush: func() { answer.quiet = true },
-		breakStream: func() { http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0)) }}
-	s.serve(answer, r.WithContext(context.WithValue(r.Context(), requestKey{}, req)), who.token, admission)
+	s.serve(answer, r, who.token, admission)
 	answer.finish()
 	conn.yield()
 }
