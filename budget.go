@@ -5,8 +5,9 @@
 // tells of a process. Output logs have a fixed part of the limit (outputShare) and keep to it by themselves, since old
 // output can be dropped and nothing else can.
 //
-// Rules. Each class has a share, so that no kind of work keeps all others out. The last eighth is for grants that hold
-// little (grantSmall): whoever asks for much never keeps an ordinary request from being served. Strangers, who have not
+// Rules. Each class has a share, so that no kind of work keeps all others out. The last eighth is for requests and processes that hold
+// little (grantSmall), and of it a half for strangers: whoever asks for much, or has taken many small things, never keeps an
+// ordinary request or a look at the daemon's health from being served. Strangers, who have not
 // shown the access token yet, are a class of their own with a small share. What is not to be had is waited for a moment,
 // then refused with an error that names the limit; the OOM killer is never what answers. Of those that want much the oldest
 // goes first: many that grow side by side would end up holding everything, and none of them could go on.
@@ -144,9 +145,13 @@ func (g *grant) attempt(bytes int64, waits bool) (freed <-chan struct{}, err err
 	b := g.budget
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	most, much := b.size, g.held+bytes > grantSmall
-	if much {
-		most -= b.size / 8
+	most, much := b.size, false
+	switch {
+	case g.class == forStrangers:
+	case (g.class == forRequests || g.class == forProcesses) && g.held+bytes <= grantSmall:
+		most -= b.size / 16
+	default:
+		most, much = most-b.size/8, true
 	}
 	share := min(b.size/16*classShares[g.class], most)
 	fits := b.used+bytes <= most && b.usedFor[g.class]+bytes <= share && !g.closed

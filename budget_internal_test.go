@@ -28,6 +28,15 @@ func TestBudgetShares(t *testing.T) {
 		t.Fatalf("more than a small request beside a large one: %v", err)
 	}
 	large.close()
+	// Of small things as many as there may be.
+	for b.grant(forWatches).tryTake(32<<10) == nil || b.grant(forProcesses).tryTake(32<<10) == nil {
+	}
+	for b.grant(forRequests).tryTake(32<<10) == nil {
+	}
+	if err := b.grant(forStrangers).tryTake(48 << 10); err != nil {
+		t.Fatalf("a stranger was refused beside many small things: %v", err)
+	}
+	b = newBudget(64 << 20)
 	strangers := b.grant(forStrangers)
 	for strangers.tryTake(32<<10) == nil {
 	}

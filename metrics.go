@@ -173,7 +173,7 @@ type trimmer struct {
 }
 
 const (
-	trimAbove = 4 << 20 // bytes
+	trimAbove = 2 << 20 // bytes
 	restBelow = 1 << 20 // bytes allocated in a second
 )
 
