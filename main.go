@@ -381,6 +381,7 @@ func prepareProcess(guest bool) {
 		unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
 		if guest { // the OOM killer takes anyone but the agent
 			os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
+			keepResident()
 		}
 	}
 }

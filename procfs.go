@@ -55,6 +55,25 @@ func sysctl(name string) int {
 	return n
 }
 
+// keepResident keeps the pages of the program in memory once they are there. Where processes take all that they may have, and file
+// systems in memory hold the rest, those pages are what the kernel can have back at once: without this the daemon was seen to
+// stand still for 26 s, fetching them again and again. mlock2(2), Linux 4.4.
+func keepResident() {
+	const onFault = 1 // MLOCK_ONFAULT: what is not there yet is not fetched for this
+	for line := range strings.Lines(readProc("/proc/self/maps")) {
+		f := strings.Fields(line)
+		if len(f) < 6 || !strings.HasPrefix(f[5], "/") { // no other file is mapped than the program
+			continue
+		}
+		from, to, _ := strings.Cut(f[0], "-")
+		start, err1 := strconv.ParseUint(from, 16, 64)
+		end, err2 := strconv.ParseUint(to, 16, 64)
+		if err1 == nil && err2 == nil {
+			unix.Syscall(unix.SYS_MLOCK2, uintptr(start), uintptr(end-start), onFault)
+		}
+	}
+}
+
 func totalMemory() uint64 {
 	var info unix.Sysinfo_t
 	if unix.Sysinfo(&info) != nil {

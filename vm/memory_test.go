@@ -93,8 +93,7 @@ func TestUploadsFillMemory(t *testing.T) {
 	t.Logf("%s; MemTotal %d MiB, MemAvailable %d MiB", accelerator, g.mebibytes(t, "MemTotal"), g.mebibytes(t, "MemAvailable"))
 	stop := healthTimes(t, g)
 	time.Sleep(5 * time.Second)
-	rest := stop()
-	logTimes(t, "at rest", rest)
+	logTimes(t, "at rest", stop())
 	stop = healthTimes(t, g)
 	all, total := 0, g.mebibytes(t, "MemTotal")
 	for _, dir := range []string{"/tmp", "/dev/shm", "/run"} {
@@ -110,8 +109,8 @@ func TestUploadsFillMemory(t *testing.T) {
 	}
 	filled := stop()
 	logTimes(t, "meanwhile", filled)
-	if limit := max(250*time.Millisecond, 3*percentile(rest, 99)); percentile(filled, 99) > limit {
-		t.Errorf("p99 of /health was %v, limit %v", percentile(filled, 99), limit)
+	if worst := percentile(filled, 100); worst > healthPatience {
+		t.Errorf("/health took %v", worst)
 	}
 	// A file on the disk needs no memory that the kernel cannot take back. Programs run as well.
 	if err := g.upload("/on-disk", make([]byte, 8<<20)); err != nil {
@@ -122,8 +121,21 @@ func TestUploadsFillMemory(t *testing.T) {
 	taken, refusal := g.fillUp(t, "/dev", 1)
 	t.Logf("/dev took %d MiB, MemAvailable %d MiB; then: %v", taken, g.mebibytes(t, "MemAvailable"), refusal)
 	g.lives(t)
+	// With all of that full, a process takes what its group may have.
+	stop = healthTimes(t, g)
+	g.run("/workload", "hog", fmt.Sprint(g.memory))
+	hogged := stop()
+	logTimes(t, "beside a process that takes all", hogged)
+	if worst := percentile(hogged, 100); worst > healthPatience {
+		t.Errorf("/health took %v beside a process that takes all", worst)
+	}
+	g.lives(t)
 	g.init(t, timestamp(time.Now()))
 }
+
+// healthPatience is what /health may take at worst in an emulated machine whose host may be busy; the figures are printed. Where
+// processes took the agent's own program from memory it was 17 s and more.
+const healthPatience = 8 * time.Second
 
 // TestUploadsBesideProcesses: where processes have the memory already, a file system in memory takes little; the rest of it
 // is not the agent's alone to give.
