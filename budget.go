@@ -5,9 +5,10 @@
 // tells of a process. Output logs have a fixed part of the limit (outputShare) and keep to it by themselves, since old
 // output can be dropped and nothing else can.
 //
-// Rules. Each class has a share, so that no kind of work keeps all others out. The last eighth is for requests and processes that hold
-// little (grantSmall), and of it a half for strangers: whoever asks for much, or has taken many small things, never keeps an
-// ordinary request or a look at the daemon's health from being served. Strangers, who have not
+// Rules. Each class has a share, so that no kind of work keeps all others out. Of the last three sixteenths one is for strangers,
+// one more for them and for requests that hold little (grantSmall), one more for these and processes of which little is known:
+// whoever asks for much, or has taken many small things, never keeps an ordinary start or request or a look at the daemon's
+// health from being served. Strangers, who have not
 // shown the access token yet, are a class of their own with a small share. What is not to be had is waited for a moment,
 // then refused with an error that names the limit; the OOM killer is never what answers. Of those that want much the oldest
 // goes first: many that grow side by side would end up holding everything, and none of them could go on.
@@ -41,7 +42,7 @@ const (
 
 // classShares are the parts, in sixteenths of the budget, that a class may have at most. Together they are more than the
 // whole: a class may use what others leave.
-var classShares = [budgetClasses]int64{forStrangers: 4, forRequests: 12, forFiles: 14, forWatches: 6, forProcesses: 4, forLinks: 2}
+var classShares = [budgetClasses]int64{forStrangers: 4, forRequests: 12, forFiles: 13, forWatches: 6, forProcesses: 4, forLinks: 2}
 
 const (
 	memoryLimitLeast = 32 << 20         // bytes: bounds of the default, which is an eighth of the memory
@@ -148,10 +149,12 @@ func (g *grant) attempt(bytes int64, waits bool) (freed <-chan struct{}, err err
 	most, much := b.size, false
 	switch {
 	case g.class == forStrangers:
-	case (g.class == forRequests || g.class == forProcesses) && g.held+bytes <= grantSmall:
+	case g.class == forRequests && g.held+bytes <= grantSmall:
 		most -= b.size / 16
+	case g.class == forProcesses && g.held+bytes <= grantSmall:
+		most -= b.size / 8
 	default:
-		most, much = most-b.size/8, true
+		most, much = most-b.size/16*3, true
 	}
 	share := min(b.size/16*classShares[g.class], most)
 	fits := b.used+bytes <= most && b.usedFor[g.class]+bytes <= share && !g.closed

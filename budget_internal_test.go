@@ -17,14 +17,14 @@ func TestBudgetShares(t *testing.T) {
 	large := b.grant(forFiles)
 	for large.tryTake(1<<20) == nil {
 	}
-	if got, most := large.holds(), b.size*7/8; got > most || got < most-1<<20 {
-		t.Fatalf("a large grant got %d bytes of %d, want up to 7/8", got, b.size)
+	if got, most := large.holds(), b.size*13/16; got > most || got < most-1<<20 {
+		t.Fatalf("a large grant got %d bytes of %d, want up to 13/16", got, b.size)
 	}
 	if err := b.grant(forRequests).tryTake(grantSmall); err != nil {
 		t.Fatalf("a small request was refused beside a large one: %v", err)
 	}
 	var refusal *budgetError
-	if err := b.grant(forRequests).tryTake(grantSmall + 1); !errors.As(err, &refusal) {
+	if err := b.grant(forRequests).tryTake(1 << 20); !errors.As(err, &refusal) {
 		t.Fatalf("more than a small request beside a large one: %v", err)
 	}
 	large.close()

@@ -196,7 +196,7 @@ func meterRPC(r *http.Request, memory *grant) {
 		return
 	}
 	r.Body = &envelopes{payment: cost, body: r.Body, gzipped: r.Header.Get(encoding) == "gzip",
-		many: strings.HasSuffix(r.URL.Path, "/StreamInput")}
+		passing: r.URL.Path == pb.ProcessStreamInputProcedure || r.URL.Path == pb.ProcessStartProcedure}
 }
 
 // payAnswer takes for the encoded answer of a unary call before it is made: JSON is longer, and grows in its buffer.
@@ -264,7 +264,7 @@ type envelopes struct {
 	*payment
 	body    io.ReadCloser
 	gzipped bool
-	many    bool   // a message is done with when the next one is asked for; else there is only one, which its handler has
+	passing bool   // when more is asked for, a message is done with, or its handler has paid for what it keeps
 	head    []byte // what goes out before more is read
 	left    int64  // bytes of the envelope that have not been read
 }
@@ -298,7 +298,7 @@ func (e *envelopes) Read(p []byte) (n int, err error) {
 
 // open reads the beginning of the next envelope.
 func (e *envelopes) open() error {
-	if e.decoded(); e.many {
+	if e.decoded(); e.passing {
 		e.next()
 	}
 	head := make([]byte, envelopeHead)
