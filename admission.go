@@ -1,8 +1,9 @@
 // Who is served first: what connections and requests cost, who goes when there is no room, and the small measure of strangers.
 //
 // Every connection and every request is paid for from the budget (budget.go) before it is served. With a token set, who has not
-// shown it is a stranger; without one, a connection counts as a stranger's while it waits for its client. All strangers together
-// have the quarter of the budget that is their class.
+// shown it is a stranger; without one, a connection counts as a stranger's while it waits for its client. In its first second, in
+// which its request is on the way, a connection counts among those of clients: many may come at once. All strangers together
+// have the sixteenths of the budget that are their class.
 //
 // Who finds no room takes that of the peer whose connections cost most, in the same class: of these goes the one that serves
 // nothing, then the one that waits for the rest of a body, the longest waiting first, then the dearest. Where the newcomer's own
@@ -46,8 +47,9 @@ const (
 	peerShare           = 4        // one peer address has at most one part in so many of each
 	strangerUnsent      = 64 << 10 // bytes of answers on one connection
 	measurePatience     = 10 * time.Second
-	strangerRefusals    = 8 // answers on one connection that refuse a request, before it is closed: they are paid by nobody
-	clientRefusals      = 128
+	strangerRefusals    = 8   // answers on one stranger's connection that refuse a request, before it is closed
+	refusalsAtOnce      = 256 // of all connections: they are paid by nobody; beyond it a request gets none
+	freshTime           = time.Second
 )
 
 // connections are all that are open.
@@ -58,6 +60,8 @@ type connections struct {
 	mu   sync.Mutex // protects what follows, and every connection; nothing is done under it that takes time
 	open map[*connection]bool
 	held map[netip.Addr]holdings // by peer; also of requests whose connection is closed, until they end
+
+	refused int // requests that are not paid for
 }
 
 // holdings are bytes of the budget, by class.
@@ -154,7 +158,8 @@ func peerOf(remote net.Addr) netip.Addr {
 // accept takes a connection in, or closes it.
 func (cs *connections) accept(ctx context.Context, conn net.Conn) context.Context {
 	c := conn.(*connection)
-	c.peer, c.memory, c.opened = peerOf(c.RemoteAddr()), cs.budget.grant(forStrangers), time.Now()
+	c.peer, c.memory, c.opened = peerOf(c.RemoteAddr()), cs.budget.grant(forRequests), time.Now()
+	c.class = forRequests
 	c.heard()
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -163,7 +168,9 @@ func (cs *connections) accept(ctx context.Context, conn net.Conn) context.Contex
 		c.yields.Store(true)
 		c.setUnsent(strangerUnsent)
 	}
-	cs.enterLocked(c)
+	if cs.takeLocked(c, forRequests, c.memory, connectionPrice) == errNoRoom {
+		cs.closeLocked(c)
+	}
 	return context.WithValue(ctx, connKey{}, c)
 }
 
@@ -180,20 +187,38 @@ func (cs *connections) changed(conn net.Conn, state http.ConnState) {
 		if c.limited.Swap(false) {
 			c.SetWriteDeadline(time.Time{})
 		}
-		if cs.open[c] && !c.shown && c.class == forRequests {
-			cs.payBackLocked(c)
-			c.class = forStrangers
-			c.memory.become(forStrangers)
-			cs.enterLocked(c)
-		}
+		cs.estrangeLocked(c)
 	case http.StateClosed, http.StateHijacked:
 		cs.forgetLocked(c)
 	}
 }
 
+// estrangeLocked counts a connection among strangers that has shown nothing.
+func (cs *connections) estrangeLocked(c *connection) {
+	if !cs.open[c] || c.shown || c.class == forStrangers {
+		return
+	}
+	cs.payBackLocked(c)
+	c.class = forStrangers
+	c.memory.become(forStrangers) // holds nothing
+	if cs.token.isSet() && !c.yields.Swap(true) {
+		c.setUnsent(strangerUnsent)
+	}
+	cs.enterLocked(c)
+}
+
+// tick has connections that have shown nothing in their first second go among strangers. It is called about once a second.
+func (cs *connections) tick(now time.Time) {
+	cs.each(func(c *connection) {
+		if c.rank() == unused && now.Sub(c.opened) > freshTime {
+			cs.estrangeLocked(c)
+		}
+	})
+}
+
 // enterLocked gives a connection its place among strangers, or closes it.
 func (cs *connections) enterLocked(c *connection) {
-	if cs.crowdedLocked(c) || cs.takeLocked(c, c.memory, connectionPrice) == errNoRoom {
+	if cs.crowdedLocked(c) || cs.takeLocked(c, forStrangers, c.memory, connectionPrice) == errNoRoom {
 		cs.closeLocked(c)
 	}
 }
@@ -250,14 +275,17 @@ func (cs *connections) closeLocked(c *connection) {
 const (
 	unused = iota
 	incomplete
+	arriving // its request is on the way
 	serving
 )
 
 func (c *connection) rank() int {
-	switch c.requests {
-	case 0:
+	switch {
+	case c.requests == 0 && c.idle.IsZero() && time.Since(c.opened) < freshTime:
+		return arriving
+	case c.requests == 0:
 		return unused
-	case c.bodies:
+	case c.requests == c.bodies:
 		return incomplete
 	}
 	return serving
@@ -269,22 +297,22 @@ var (
 	errRoomSoon = errors.New("what the peer that holds most had is about to be given back")
 )
 
-// takeLocked takes what c, or a request on it, needs, from others if need be.
-func (cs *connections) takeLocked(c *connection, memory *grant, bytes int64) error {
+// takeLocked takes what c, or a request on it, needs in a class, from others if need be.
+func (cs *connections) takeLocked(c *connection, class budgetClass, memory *grant, bytes int64) error {
 	for {
 		var weights map[netip.Addr]int64
-		if cs.strangersShareLocked(c, bytes) {
+		if cs.strangersShareLocked(c, class, bytes) {
 			if memory.tryTake(bytes) == nil {
 				c.held += bytes
-				cs.countLocked(c.peer, c.class, bytes)
+				cs.countLocked(c.peer, class, bytes)
 				return nil
 			}
 			weights = map[netip.Addr]int64{}
 			for peer, h := range cs.held {
-				weights[peer] = h[c.class]
+				weights[peer] = h[class]
 			}
 		}
-		goes, own := cs.heaviestLocked(c, weights)
+		goes, own := cs.heaviestLocked(c, class, weights)
 		switch {
 		case goes != nil:
 			cs.closeLocked(goes)
@@ -297,16 +325,16 @@ func (cs *connections) takeLocked(c *connection, memory *grant, bytes int64) err
 }
 
 // strangersShareLocked tells whether the peer of c may have so many bytes more: of strangers one address may have a part.
-func (cs *connections) strangersShareLocked(c *connection, bytes int64) bool {
-	if c.class != forStrangers || cs.budget == nil || !cs.token.isSet() {
+func (cs *connections) strangersShareLocked(c *connection, class budgetClass, bytes int64) bool {
+	if class != forStrangers || cs.budget == nil || !cs.token.isSet() {
 		return true
 	}
 	share := cs.budget.size / 16 * classShares[forStrangers]
 	return cs.held[c.peer][forStrangers]+bytes <= share/peerShare
 }
 
-// heaviestLocked is a connection, in the class of c, of the peer that has the most weight, or nil, and whether that is c's own.
-func (cs *connections) heaviestLocked(c *connection, weights map[netip.Addr]int64) (goes *connection, own bool) {
+// heaviestLocked is a connection, in a class, of the peer that has the most weight, or nil, and whether that is c's own.
+func (cs *connections) heaviestLocked(c *connection, class budgetClass, weights map[netip.Addr]int64) (goes *connection, own bool) {
 	heaviest := c.peer
 	for peer, weight := range weights {
 		if weight > weights[heaviest] {
@@ -315,7 +343,7 @@ func (cs *connections) heaviestLocked(c *connection, weights map[netip.Addr]int6
 	}
 	for other := range cs.open {
 		switch {
-		case other == c, other.class != c.class, other.peer != heaviest:
+		case other == c, other.class != class, other.peer != heaviest:
 		case heaviest == c.peer && other.rank() == serving:
 		case goes == nil || compareWorth(other, goes) < 0:
 			goes = other
@@ -350,9 +378,9 @@ func (cs *connections) crowdedLocked(c *connection) bool {
 		var goes *connection
 		switch {
 		case own > strangerConnections/peerShare:
-			goes, _ = cs.heaviestLocked(c, nil) // its own
+			goes, _ = cs.heaviestLocked(c, forStrangers, nil) // its own
 		case all > strangerConnections:
-			goes, _ = cs.heaviestLocked(c, counts)
+			goes, _ = cs.heaviestLocked(c, forStrangers, counts)
 		default:
 			return false
 		}
@@ -371,6 +399,7 @@ type admission struct {
 	class    budgetClass // of the price; 0 is forStrangers
 	stranger bool
 	refusal  error // or nil
+	abort    bool  // not even the refusal can be sent
 }
 
 // begin pays for a request, which end follows in any case. It waits a moment for what others are about to give back.
@@ -383,27 +412,31 @@ func (cs *connections) begin(ctx context.Context, c *connection, shown, trusted 
 	if a.stranger = !trusted && !c.shown; !a.stranger {
 		a.class = forRequests
 		cs.trustLocked(c)
+	} else {
+		cs.estrangeLocked(c)
 	}
 	a.memory = cs.budget.grant(a.class)
 	a.refusal = net.ErrClosed
 	if cs.open[c] {
-		a.refusal = cs.takeLocked(c, a.memory, requestPrice)
-	}
-	most := clientRefusals
-	if a.stranger {
-		most = strangerRefusals
+		a.refusal = cs.takeLocked(c, a.class, a.memory, requestPrice)
 	}
 	if a.refusal == nil {
 		return a
 	}
-	if c.refused++; c.refused > most { // nor may many wait who have paid nothing
+	c.refused++
+	cs.refused++
+	switch {
+	case cs.refused > refusalsAtOnce: // nor may many wait who have paid nothing
+		a.abort = true
+	case a.stranger && c.refused > strangerRefusals:
 		cs.closeLocked(c)
-	} else if a.refusal == errRoomSoon {
+	case a.refusal == errRoomSoon:
 		cs.mu.Unlock()
 		a.refusal = a.memory.take(ctx, requestPrice)
 		cs.mu.Lock()
 		if a.refusal == nil {
 			c.refused--
+			cs.refused--
 			c.held += requestPrice
 			cs.countLocked(c.peer, a.class, requestPrice)
 		}
@@ -415,6 +448,9 @@ func (cs *connections) trustLocked(c *connection) {
 	if c.class == forRequests {
 		return
 	}
+	if !c.memory.become(forRequests) {
+		return // there is no room for it among them: it is a stranger's still
+	}
 	if c.yields.Swap(false) {
 		c.setUnsent(-1) // no bound
 	}
@@ -422,7 +458,6 @@ func (cs *connections) trustLocked(c *connection) {
 	cs.countLocked(c.peer, c.class, -has)
 	cs.countLocked(c.peer, forRequests, has)
 	c.class = forRequests
-	c.memory.become(forRequests)
 }
 
 // vouch says that a request has shown the token in its body.
@@ -448,6 +483,7 @@ func (cs *connections) end(c *connection, a admission) {
 	c.requests--
 	if a.refusal != nil {
 		c.refused--
+		cs.refused--
 	} else {
 		c.held -= requestPrice
 		cs.countLocked(c.peer, a.class, -requestPrice)
@@ -565,7 +601,7 @@ func (m *measure) queue(place *measured) bool {
 	if slices.Contains(m.taken, place) {
 		return true
 	}
-	if count(m.waiting, peer) >= m.places || len(m.waiting) >= peerShare*m.places {
+	if count(m.waiting, peer) >= m.places || len(m.waiting) >= strangerConnections {
 		return false
 	}
 	m.waiting = append(m.waiting, place)
@@ -704,6 +740,11 @@ func (a *answer) finish() {
 	}
 	a.expectProgress()
 	http.NewResponseController(a.ResponseWriter).Flush()
+	a.stop()
+}
+
+// stop ends the watch over an answer's progress, also of one whose handler has panicked.
+func (a *answer) stop() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.ended = true; a.timer != nil {

@@ -5,11 +5,10 @@
 // tells of a process. Output logs have a fixed part of the limit (outputShare) and keep to it by themselves, since old
 // output can be dropped and nothing else can.
 //
-// Rules. Each class has a share, so that no kind of work keeps all others out. Of the last three sixteenths one is for strangers,
-// one more for them and for requests that hold little (grantSmall), one more for these and processes of which little is known:
-// whoever asks for much, or has taken many small things, never keeps an ordinary start or request or a look at the daemon's
-// health from being served. Strangers, who have not
-// shown the access token yet, are a class of their own with a small share. What is not to be had is waited for a moment,
+// Rules. Each class has a share, so that no kind of work keeps all others out. Two shares are apart, nobody else has of them: that of
+// strangers, who have not shown the access token yet, and that of processes of which little is known. Of what is left the last
+// part is for requests that hold little (grantSmall): whoever asks for much, or has taken many small things, never keeps an
+// ordinary start or request from being served. What is not to be had is waited for a moment,
 // then refused with an error that names the limit; the OOM killer is never what answers. Of those that want much the oldest
 // goes first: many that grow side by side would end up holding everything, and none of them could go on.
 //
@@ -35,14 +34,16 @@ const (
 	forRequests                     // messages, connections, streams, answers
 	forFiles                        // uploads in memory, listings, archives
 	forWatches                      // directories under watch, events that are kept
-	forProcesses                    // what List tells of running processes
+	forProcesses                    // processes, running and ended, of which List has little to tell
 	forLinks                        // names of hard links in archives, which can be sent twice as well
 	budgetClasses
 )
 
 // classShares are the parts, in sixteenths of the budget, that a class may have at most. Together they are more than the
 // whole: a class may use what others leave.
-var classShares = [budgetClasses]int64{forStrangers: 4, forRequests: 12, forFiles: 13, forWatches: 6, forProcesses: 4, forLinks: 2}
+var classShares = [budgetClasses]int64{forStrangers: 3, forRequests: 11, forFiles: 10, forWatches: 4, forProcesses: 2, forLinks: 2}
+
+var classNames = [budgetClasses]string{"requests without the token", "requests", "files", "watches", "processes", "links"}
 
 const (
 	memoryLimitLeast = 32 << 20         // bytes: bounds of the default, which is an eighth of the memory
@@ -55,11 +56,14 @@ const (
 )
 
 // budgetError says what is refused for want of memory. Services answer it with resource_exhausted or 503.
-type budgetError struct{ wanted, limit int64 }
+type budgetError struct {
+	class         budgetClass
+	wanted, limit int64
+}
 
 func (e *budgetError) Error() string {
-	return fmt.Sprintf("envd has no memory left for this: it needs %.1f MiB more of the %.0f that --memory-limit allows",
-		float64(e.wanted)/mebibyte, float64(e.limit)/mebibyte)
+	return fmt.Sprintf("envd has no memory left for this: %s would take %.2f MiB more, of the %.0f that --memory-limit allows",
+		classNames[e.class], float64(e.wanted)/mebibyte, float64(e.limit)/mebibyte)
 }
 
 // defaultMemoryLimit is for a machine with so many bytes of memory.
@@ -108,6 +112,14 @@ func (b *budget) grant(class budgetClass) *grant {
 	return &grant{budget: b, class: class, number: b.grants}
 }
 
+// sibling is a grant of the same budget for another class.
+func (g *grant) sibling(class budgetClass) *grant {
+	if g == nil {
+		return nil
+	}
+	return g.budget.grant(class)
+}
+
 // take waits a moment for what is not to be had at once. It fails with a *budgetError, or with the context.
 func (g *grant) take(ctx context.Context, bytes int64) error {
 	return g.takeWithin(ctx, bytes, budgetPatience)
@@ -146,24 +158,13 @@ func (g *grant) attempt(bytes int64, waits bool) (freed <-chan struct{}, err err
 	b := g.budget
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	most, much := b.size, false
-	switch {
-	case g.class == forStrangers:
-	case g.class == forRequests && g.held+bytes <= grantSmall:
-		most -= b.size / 16
-	case g.class == forProcesses && g.held+bytes <= grantSmall:
-		most -= b.size / 8
-	default:
-		most, much = most-b.size/16*3, true
-	}
-	share := min(b.size/16*classShares[g.class], most)
-	fits := b.used+bytes <= most && b.usedFor[g.class]+bytes <= share && !g.closed
+	fits, much, share := b.fitsLocked(g, g.class, bytes)
 	if fits && !(much && b.olderWaitsLocked(g)) {
 		g.addLocked(bytes)
 		b.forgetLocked(g)
 		return nil, nil
 	}
-	err = &budgetError{bytes, b.limit}
+	err = &budgetError{g.class, bytes, b.limit}
 	if !waits || g.closed || g.held+bytes > share { // for the last nothing that others give back is enough
 		return nil, err
 	}
@@ -174,6 +175,22 @@ func (g *grant) attempt(bytes int64, waits bool) (freed <-chan struct{}, err err
 		b.freed = make(chan struct{})
 	}
 	return b.freed, err
+}
+
+// fitsLocked tells whether a grant may have so many bytes more in a class, whether that is much, and what it could have at most.
+func (b *budget) fitsLocked(g *grant, class budgetClass, bytes int64) (fits, much bool, share int64) {
+	part := b.size / 16
+	share = part * classShares[class]
+	if class == forStrangers || class == forProcesses { // apart
+		return b.usedFor[class]+bytes <= share && !g.closed, false, share
+	}
+	used := b.used - b.usedFor[forStrangers] - b.usedFor[forProcesses]
+	most := b.size - part*(classShares[forStrangers]+classShares[forProcesses])
+	if much = class != forRequests || g.held+bytes > grantSmall; much {
+		most -= part
+	}
+	share = min(share, most)
+	return used+bytes <= most && b.usedFor[class]+bytes <= share && !g.closed, much, share
 }
 
 // olderWaitsLocked tells whether a grant that was made before this one, of its class, waits for much.
@@ -260,16 +277,25 @@ func (g *grant) close() {
 	g.addLocked(-g.held)
 }
 
-// become counts what is held under another class from now on: a stranger has shown the token.
-func (g *grant) become(class budgetClass) {
-	if g == nil {
-		return
+// become counts what is held under another class from now on, if there is room for it: a stranger has shown the token.
+func (g *grant) become(class budgetClass) bool {
+	if g == nil || g.class == class {
+		return true
 	}
-	g.budget.mu.Lock()
-	defer g.budget.mu.Unlock()
-	g.budget.usedFor[g.class] -= g.held
-	g.class = class
-	g.budget.usedFor[g.class] += g.held
+	b := g.budget
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	held := g.held
+	g.held = 0 // else it would count twice
+	fits, _, _ := b.fitsLocked(g, class, held)
+	if g.held = held; fits || g.closed {
+		b.usedFor[g.class] -= held
+		g.class = class
+		b.usedFor[class] += held
+		b.wakeLocked()
+		return true
+	}
+	return false
 }
 
 // holds is what the grant has, in bytes.

@@ -17,8 +17,8 @@ func TestBudgetShares(t *testing.T) {
 	large := b.grant(forFiles)
 	for large.tryTake(1<<20) == nil {
 	}
-	if got, most := large.holds(), b.size*13/16; got > most || got < most-1<<20 {
-		t.Fatalf("a large grant got %d bytes of %d, want up to 13/16", got, b.size)
+	if got, most := large.holds(), b.size*10/16; got > most || got < most-1<<20 {
+		t.Fatalf("a large grant got %d bytes of %d, want up to 10/16", got, b.size)
 	}
 	if err := b.grant(forRequests).tryTake(grantSmall); err != nil {
 		t.Fatalf("a small request was refused beside a large one: %v", err)
@@ -40,8 +40,8 @@ func TestBudgetShares(t *testing.T) {
 	strangers := b.grant(forStrangers)
 	for strangers.tryTake(32<<10) == nil {
 	}
-	if got, share := strangers.holds(), b.size/4; got > share || got < share-64<<10 {
-		t.Fatalf("strangers got %d bytes of %d, want a quarter", got, b.size)
+	if got, share := strangers.holds(), b.size/16*3; got > share || got < share-64<<10 {
+		t.Fatalf("strangers got %d bytes of %d, want three sixteenths", got, b.size)
 	}
 	strangers.become(forRequests)
 	if err := b.grant(forStrangers).tryTake(1 << 20); err != nil {
@@ -52,16 +52,16 @@ func TestBudgetShares(t *testing.T) {
 func TestBudgetWaits(t *testing.T) {
 	b := newBudget(64 << 20)
 	first, second := b.grant(forFiles), b.grant(forFiles)
-	if err := first.take(t.Context(), 30<<20); err != nil {
+	if err := first.take(t.Context(), 20<<20); err != nil {
 		t.Fatal(err)
 	}
 	time.AfterFunc(20*time.Millisecond, first.close)
-	if err := second.take(t.Context(), 30<<20); err != nil {
+	if err := second.take(t.Context(), 20<<20); err != nil {
 		t.Fatalf("what was given back meanwhile was not had: %v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	time.AfterFunc(20*time.Millisecond, cancel)
-	if err := b.grant(forFiles).take(ctx, 30<<20); !errors.Is(err, context.Canceled) {
+	if err := b.grant(forFiles).take(ctx, 20<<20); !errors.Is(err, context.Canceled) {
 		t.Fatalf("who has left waits on: %v", err)
 	}
 	began := time.Now()

@@ -119,6 +119,7 @@ type payment struct {
 	ctx     context.Context
 	memory  *grant
 	isJSON  bool
+	isInput bool  // of a process
 	size    int64 // bytes of the message that were read
 	prepaid int64 // bytes of it that were not, but are paid for
 	paid    int64 // bytes of the budget
@@ -131,16 +132,21 @@ func (p *payment) prepay(bytes int64) error {
 	if bytes <= 0 || bytes > maxMessage {
 		return nil
 	}
-	p.prepaid = bytes
-	p.buffer += bufferPrice * bytes
-	return p.charge(messagePrice * bytes)
+	err := p.charge(messagePrice * bytes)
+	if err == nil {
+		p.prepaid = bytes
+		p.buffer += bufferPrice * bytes
+	}
+	return err
 }
 
 // count pays for what was read, and for the strings in it: there are no more of them than quotes in JSON, or else than tags of
 // the fields 1 to 3, which all that repeats has.
 func (p *payment) count(read []byte) error {
 	elements := bytes.Count(read, []byte{'"'})
-	if !p.isJSON {
+	if p.isInput { // one string, whatever is in it
+		elements = 0
+	} else if !p.isJSON {
 		elements = bytes.Count(read, []byte{0x0a}) + bytes.Count(read, []byte{0x12}) + bytes.Count(read, []byte{0x1a})
 	}
 	n := int64(len(read))
@@ -149,8 +155,11 @@ func (p *payment) count(read []byte) error {
 	}
 	unpaid := max(n-p.prepaid, 0)
 	p.prepaid -= n - unpaid
-	p.buffer += bufferPrice * unpaid
-	return p.charge(messagePrice*unpaid + elementPrice*int64(elements))
+	err := p.charge(messagePrice*unpaid + elementPrice*int64(elements))
+	if err == nil {
+		p.buffer += bufferPrice * unpaid
+	}
+	return err
 }
 
 func (p *payment) charge(bytes int64) error {
@@ -180,7 +189,8 @@ func (p *payment) next() {
 // calls put an envelope around each.
 func meterRPC(r *http.Request, memory *grant) {
 	contentType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
-	cost := &payment{ctx: r.Context(), memory: memory, isJSON: strings.HasSuffix(contentType, "json")}
+	cost := &payment{ctx: r.Context(), memory: memory, isJSON: strings.HasSuffix(contentType, "json"),
+		isInput: r.URL.Path == pb.ProcessSendInputProcedure || r.URL.Path == pb.ProcessStreamInputProcedure}
 	encoding := "Content-Encoding"
 	switch {
 	case strings.HasPrefix(contentType, "application/connect+"):
@@ -225,10 +235,11 @@ type meter struct {
 func (m *meter) Close() error { return m.body.Close() }
 
 func (m *meter) Read(p []byte) (int, error) {
-	if err := m.prepay(m.expected); err != nil {
+	expected := m.expected
+	m.expected = 0
+	if err := m.prepay(expected); err != nil {
 		return 0, err
 	}
-	m.expected = 0
 	n, err := m.source.Read(p)
 	if failure := m.count(p[:n]); failure != nil {
 		return 0, failure

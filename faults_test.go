@@ -1107,7 +1107,7 @@ func TestConnectionsBeyondTheBound(t *testing.T) {
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Cur < uint64(count)+1000 {
 		t.Skipf("needs more open files: RLIMIT_NOFILE is %d", limit.Cur)
 	}
-	d := startDaemon(t, "--memory-limit", "64MiB") // of which 10 are for those that wait, at 24 KiB each: 426
+	d := startDaemon(t, "--memory-limit", "88MiB") // of which 10 are for those that wait, at 24 KiB each: 440
 	servesOn(t, d)
 	before, rss := d.ownDescriptors(), d.rss()
 	stream := d.start(t, sh("while read line; do echo $line; done; exit 5"))

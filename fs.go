@@ -585,7 +585,7 @@ func (s *fsService) GetWatcherEvents(ctx context.Context, req *connect.Request[p
 	if p == nil {
 		return nil, wireError(connect.CodeNotFound, "watcher with id %s not found", req.Msg.GetWatcherId())
 	}
-	if err := memory.take(ctx, 3*p.memory.holds()); err != nil { // the events stay
+	if err := memory.take(ctx, 2*p.memory.holds()); err != nil { // the events stay
 		return nil, fsError(err, "", "cannot fetch events")
 	}
 	s.mu.Lock()

@@ -19,6 +19,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -81,18 +82,28 @@ type initRequest struct {
 	timestamp time.Time
 }
 
-// readInit reads the body. What it returns is held by the request's memory.
-func (s *initService) readInit(w http.ResponseWriter, r *http.Request) (text []byte, err error) {
-	memory := requestOf(r.Context()).memory
+// readInit reads the body. What it returns is held by the memory that it returns; a large one has a place until leave is called,
+// and memory that is not of the strangers' share, which two of them would take.
+func (s *initService) readInit(w http.ResponseWriter, r *http.Request) (text []byte, memory *grant, leave func(), err error) {
+	leave = func() {}
+	memory = requestOf(r.Context()).memory
 	body := http.MaxBytesReader(w, r.Body, initBodyLimit)
 	if text, err = io.ReadAll(io.LimitReader(body, initBodySmall)); len(text) == initBodySmall {
-		leave, err := s.largeBody(r.Context())
+		place, err := s.largeBody(r.Context())
 		if err != nil {
-			return nil, err
+			return nil, memory, leave, err
 		}
-		defer leave()
-		if err := memory.take(r.Context(), initBodyLimit); err != nil {
-			return nil, err
+		memory = memory.sibling(forRequests)
+		leave = sync.OnceFunc(func() {
+			memory.close()
+			place()
+		})
+		size := int64(initBodyLimit)
+		if r.ContentLength >= 0 {
+			size = min(size, r.ContentLength)
+		}
+		if err := memory.take(r.Context(), size); err != nil {
+			return nil, memory, leave, err
 		}
 		http.NewResponseController(w).SetReadDeadline(time.Now().Add(initReadTimeout))
 		whole := bytes.NewBuffer(append(make([]byte, 0, initBodyLimit+bytes.MinRead), text...))
@@ -104,7 +115,7 @@ func (s *initService) readInit(w http.ResponseWriter, r *http.Request) (text []b
 	if err != nil {
 		err = fmt.Errorf("cannot read the body: %w", err)
 	}
-	return text, err
+	return text, memory, leave, err
 }
 
 // tokenOf is the token of a body that may be worth nothing else.
@@ -175,16 +186,18 @@ func (s *initService) serve(w http.ResponseWriter, r *http.Request) {
 	arrived := time.Now()
 	w.Header().Set("X-Envd-Version", s.version)
 	http.NewResponseController(w).SetReadDeadline(arrived.Add(initReadTimeout))
-	text, err := s.readInit(w, r)
+	text, memory, leave, err := s.readInit(w, r)
+	defer leave()
 	var req *initRequest
 	if err == nil {
 		if s.token.matches(tokenOf(text)) {
 			requestOf(r.Context()).vouch()
 		}
-		if err = requestOf(r.Context()).memory.take(r.Context(), initDecoded*int64(len(text))); err == nil {
+		if err = memory.take(r.Context(), initDecoded*int64(len(text))); err == nil {
 			req, err = parseInit(text)
 		}
 	}
+	leave() // what is kept of it is small, or the settings'
 	if err != nil {
 		status := http.StatusBadRequest
 		if known := (*budgetError)(nil); errors.As(err, &known) || errors.Is(err, errNoPlace) {

@@ -73,7 +73,7 @@ func parseFlags() *config {
 	f.StringVar(&c.runDir, "run-dir", "/run/wrenn", "General: `directory` for the files that tell the guest about its sandbox")
 	f.StringVar(&c.nameservers, "nameservers", "8.8.8.8,1.1.1.1", "As process 1: comma-separated `addresses` for an empty /etc/resolv.conf, where ip= names none")
 	f.BoolVar(&c.e2bNames, "e2b-names", false, "General: E2B's names, too, for the sandbox's variables, its files and its event server")
-	f.Var(&c.memoryLimit, "memory-limit", "General: `bytes` that envd holds for clients and the guest, output included, with a unit KiB, MiB or GiB (default an eighth of the memory, 32MiB to 512MiB)")
+	f.Var(&c.memoryLimit, "memory-limit", "General: `bytes` that envd holds for clients and the guest, output included, with a unit KiB, MiB or GiB, 16MiB at least (default an eighth of the memory, 32MiB to 512MiB)")
 	f.BoolVar(&c.showVersion, "version", false, "General: print the version and exit")
 	f.BoolVar(&c.showCommit, "commit", false, "General: print the commit and exit")
 	f.Func("allow-origin", "Who may ask: comma-separated `origins` of web pages that may ask without a token under --isnotfc, and whose hosts are, beside loopback ones, names and addresses that we may be asked under (http://192.168.1.2:49983); * allows all", func(list string) error {
@@ -116,6 +116,8 @@ func parseFlags() *config {
 	f.DurationVar(&c.life.syncTimeout, "sync-timeout", 2400*time.Millisecond, "Snapshots: how long preparing one waits for the disk; 0s: dirty data is not written")
 	f.DurationVar(&c.life.backstop, "prepared-timeout", 30*time.Second, "Snapshots: how long the sandbox stays prepared for one when nobody asks for /health or /init")
 	f.DurationVar(&c.life.thawTimeout, "thaw-timeout", 10*time.Minute, "Snapshots: how long processes and files stay frozen when nobody thaws them")
+	f.Uint("max-requests", 0, "Without effect: --memory-limit bounds them")
+	f.Uint("max-waiting-connections", 0, "Without effect: the same")
 	f.Bool("verbose", false, "Without effect: accepted for launchers of other agents")
 	f.Bool("resume-handover", false, "Without effect: the same")
 	f.Usage = func() { printFlags(f) }
@@ -192,7 +194,9 @@ func run(c *config) int {
 		return 1
 	}
 
-	c.memoryLimit = cmp.Or(c.memoryLimit, byteSize(defaultMemoryLimit(totalMemory())))
+	if c.memoryLimit = cmp.Or(c.memoryLimit, byteSize(defaultMemoryLimit(totalMemory()))); c.memoryLimit < memoryLimitLeast/2 {
+		c.memoryLimit = memoryLimitLeast / 2 // process 1 boots with whatever it is told
+	}
 	budget := newBudget(int64(c.memoryLimit))
 	// What the budget does not count, and garbage that has not been collected: beyond it the collector works harder.
 	debug.SetMemoryLimit(int64(c.memoryLimit) + memoryLimitSlack)

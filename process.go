@@ -34,7 +34,7 @@ import (
 
 // What a process costs, in bytes, as long as it is known, and each text that List tells of it beside its length.
 const (
-	processMemory = 1 << 10
+	processMemory = 600
 	textMemory    = 64
 )
 
@@ -141,7 +141,11 @@ func memoryError(err error) error {
 
 // keep takes the memory of a process that is to be started. Where a little is lacking, ended ones are forgotten, the oldest first.
 func (s *processService) keep(size int64) (*grant, error) {
-	memory := s.budget.grant(forProcesses)
+	class := forProcesses
+	if size > grantSmall {
+		class = forRequests
+	}
+	memory := s.budget.grant(class)
 	for {
 		err := memory.tryTake(size)
 		if err == nil {

@@ -90,7 +90,11 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	who := s.credentials(r)
 	admission := s.conns.begin(r.Context(), conn, who.token, who.trusted)
 	defer s.conns.end(conn, admission)
+	if admission.abort {
+		panic(http.ErrAbortHandler)
+	}
 	answer := &answer{ResponseWriter: w, conn: conn, http2: r.ProtoMajor == 2, patience: s.answerTimeout}
+	defer answer.stop()
 	req := &request{memory: admission.memory, vouch: func() { s.conns.vouch(conn, admission.memory) }, keepFlush: func() { answer.quiet = true },
 		breakStream: func() { http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0)) }}
 	// From here on it is a copy: in net/http's own request its own body must stay, by which it sees that one was not read to
@@ -187,6 +191,9 @@ func (s *server) serve(w *answer, r *http.Request, token bool, admitted admissio
 func (s *server) serveRoute(w *answer, r *http.Request, found *route, stranger bool) {
 	switch found.path {
 	case "/files":
+		if stranger { // who will get an error
+			break
+		}
 		w.unlimited()
 		if !w.http2 {
 			found.handler(w.ResponseWriter, r) // by sendfile
@@ -371,6 +378,7 @@ func (l tireless) Accept() (net.Conn, error) {
 // tick is called about once a second.
 func (s *server) tick(now time.Time) {
 	s.inside.refresh(neighboursRefresh)
+	s.conns.tick(now)
 	s.conns.each(func(c *connection) {
 		if !c.idle.IsZero() && now.Sub(c.idle) >= s.idleTimeout {
 			c.Close()
