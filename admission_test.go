@@ -13,6 +13,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -766,5 +767,85 @@ func TestUnreadBodyIsNoRequest(t *testing.T) {
 	answers, _ := io.ReadAll(conn) // a reset may end it
 	if n := strings.Count(string(answers), "HTTP/1.1 "); n != 1 || !strings.HasPrefix(string(answers), "HTTP/1.1 429 ") {
 		t.Errorf("%d answers to one request, the first %.60q", n, answers)
+	}
+}
+
+// Many connections that come at once are not taken for those of strangers before their first request has been read.
+func TestManyConnectionsWithTheToken(t *testing.T) {
+	for _, c := range []struct {
+		limit   string
+		streams int
+	}{{"64MiB", 300}, {"256MiB", 500}} {
+		t.Run(c.limit, func(t *testing.T) {
+			d := startLocked(t, "--memory-limit", c.limit)
+			var all sync.WaitGroup
+			var good atomic.Int64
+			for range c.streams {
+				all.Go(func() {
+					client := &http.Client{Transport: &http.Transport{DialContext: d.dial, DisableKeepAlives: true}}
+					request := connect.NewRequest(&pb.StartRequest{Process: &pb.ProcessConfig{Cmd: "/bin/sleep", Args: []string{"3"}}, Stdin: new(bool)})
+					request.Header().Set("X-Access-Token", "secret")
+					stream, err := pb.NewProcessClient(client, d.url).Start(t.Context(), request)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					defer stream.Close()
+					ended := false
+					for stream.Receive() {
+						ended = ended || stream.Msg().GetEvent().GetEnd().GetExited()
+					}
+					if stream.Err() == nil && ended {
+						good.Add(1)
+					} else {
+						t.Error(stream.Err())
+					}
+				})
+			}
+			all.Wait()
+			if n := good.Load(); n != int64(c.streams) {
+				t.Errorf("%d of %d streams came to their end", n, c.streams)
+			}
+		})
+	}
+}
+
+// What is counted for a peer is given back, whatever its requests and connections have shown meanwhile.
+func TestPeersAreCountedInBalance(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	cs := connections{budget: newBudget(64 << 20), token: &accessToken{}, open: map[*connection]bool{}, held: map[netip.Addr]holdings{}}
+	cs.token.set("secret")
+	for order := range 4 {
+		client, err := net.Dial("tcp", listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		accepted, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := &connection{TCPConn: accepted.(*net.TCPConn)}
+		ctx := cs.accept(t.Context(), c)
+		requests := []admission{cs.begin(ctx, c, false, order&1 == 0), cs.begin(ctx, c, false, order&1 == 1), cs.begin(ctx, c, order&2 == 0, false)}
+		if order == 3 {
+			cs.vouch(c, requests[0].memory)
+		}
+		for _, a := range requests {
+			if a.refusal != nil {
+				t.Errorf("refused: %v", a.refusal)
+			}
+			cs.end(c, a)
+		}
+		cs.changed(c, http.StateIdle)
+		cs.changed(c, http.StateClosed)
+		c.Close()
+	}
+	if used, _ := cs.budget.inUse(); used != 0 || len(cs.held) != 0 || cs.refused != 0 {
+		t.Errorf("nothing is open, and %d bytes are used, %v held, %d refused", used, cs.held, cs.refused)
 	}
 }

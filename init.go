@@ -89,9 +89,9 @@ func (s *initService) readInit(w http.ResponseWriter, r *http.Request) (text []b
 	memory = requestOf(r.Context()).memory
 	body := http.MaxBytesReader(w, r.Body, initBodyLimit)
 	if text, err = io.ReadAll(io.LimitReader(body, initBodySmall)); len(text) == initBodySmall {
-		place, err := s.largeBody(r.Context())
-		if err != nil {
-			return nil, memory, leave, err
+		place, refusal := s.largeBody(r.Context())
+		if refusal != nil {
+			return nil, memory, leave, refusal
 		}
 		memory = memory.sibling(forRequests)
 		leave = sync.OnceFunc(func() {
