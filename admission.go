@@ -48,7 +48,9 @@ const (
 	strangerUnsent      = 64 << 10 // bytes of answers on one connection
 	measurePatience     = 10 * time.Second
 	strangerRefusals    = 8   // answers on one stranger's connection that refuse a request, before it is closed
-	refusalsAtOnce      = 256 // of all connections: they are paid by nobody; beyond it a request gets none
+	peerRefusals        = 64  // of a peer of strangers at once: they are paid by nobody; beyond it a request gets none
+	clientRefusals      = 256 // of another peer
+	allRefusals         = 1024
 	freshTime           = time.Second
 )
 
@@ -61,7 +63,8 @@ type connections struct {
 	open map[*connection]bool
 	held map[netip.Addr]holdings // by peer; also of requests whose connection is closed, until they end
 
-	refused int // requests that are not paid for
+	refused map[netip.Addr]int // requests that are not paid for, by peer
+	unpaid  int                // all of them
 }
 
 // holdings are bytes of the budget, by class.
@@ -400,6 +403,7 @@ type admission struct {
 	class    budgetClass // of the price; 0 is forStrangers
 	stranger bool
 	refusal  error // or nil
+	unpaid   bool  // it is counted among those that are refused
 	abort    bool  // not even the refusal can be sent
 }
 
@@ -417,17 +421,21 @@ func (cs *connections) begin(ctx context.Context, c *connection, shown, trusted 
 		cs.estrangeLocked(c)
 	}
 	a.memory = cs.budget.grant(a.class)
-	a.refusal = net.ErrClosed
-	if cs.open[c] {
-		a.refusal = cs.takeLocked(c, a.class, a.memory, requestPrice)
-	}
-	if a.refusal == nil {
+	if !cs.open[c] { // it was closed, and nobody would get an answer
+		a.refusal, a.abort = net.ErrClosed, true
 		return a
 	}
+	if a.refusal = cs.takeLocked(c, a.class, a.memory, requestPrice); a.refusal == nil {
+		return a
+	}
+	a.unpaid = true
+	most := clientRefusals
+	if a.stranger {
+		most = peerRefusals
+	}
 	c.refused++
-	cs.refused++
-	switch {
-	case cs.refused > refusalsAtOnce: // nor may many wait who have paid nothing
+	switch refused := cs.refusedLocked(c.peer, 1); {
+	case refused > most, cs.unpaid > allRefusals: // nor may many wait who have paid nothing
 		a.abort = true
 	case a.stranger && c.refused > strangerRefusals:
 		cs.closeLocked(c)
@@ -436,13 +444,28 @@ func (cs *connections) begin(ctx context.Context, c *connection, shown, trusted 
 		a.refusal = a.memory.take(ctx, requestPrice)
 		cs.mu.Lock()
 		if a.refusal == nil {
+			a.unpaid = false
 			c.refused--
-			cs.refused--
+			cs.refusedLocked(c.peer, -1)
 			c.held += requestPrice
 			cs.countLocked(c.peer, a.class, requestPrice)
 		}
 	}
 	return a
+}
+
+// refusedLocked counts one more or less of what a peer has not paid for.
+func (cs *connections) refusedLocked(peer netip.Addr, one int) int {
+	if cs.refused == nil {
+		cs.refused = map[netip.Addr]int{}
+	}
+	cs.unpaid += one
+	cs.refused[peer] += one
+	n := cs.refused[peer]
+	if n == 0 {
+		delete(cs.refused, peer)
+	}
+	return n
 }
 
 func (cs *connections) trustLocked(c *connection) {
@@ -482,10 +505,11 @@ func (cs *connections) end(c *connection, a admission) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	c.requests--
-	if a.refusal != nil {
+	switch {
+	case a.unpaid:
 		c.refused--
-		cs.refused--
-	} else {
+		cs.refusedLocked(c.peer, -1)
+	case a.refusal == nil:
 		c.held -= requestPrice
 		cs.countLocked(c.peer, a.class, -requestPrice)
 	}

@@ -845,7 +845,7 @@ func TestPeersAreCountedInBalance(t *testing.T) {
 		cs.changed(c, http.StateClosed)
 		c.Close()
 	}
-	if used, _ := cs.budget.inUse(); used != 0 || len(cs.held) != 0 || cs.refused != 0 {
-		t.Errorf("nothing is open, and %d bytes are used, %v held, %d refused", used, cs.held, cs.refused)
+	if used, _ := cs.budget.inUse(); used != 0 || len(cs.held) != 0 || cs.unpaid != 0 || len(cs.refused) != 0 {
+		t.Errorf("nothing is open, and %d bytes are used, %v held, %d refused", used, cs.held, cs.unpaid)
 	}
 }
