@@ -35,15 +35,16 @@ const (
 	forFiles                        // uploads in memory, listings, archives
 	forWatches                      // directories under watch, events that are kept
 	forProcesses                    // processes, running and ended, of which List has little to tell
+	forConfigs                      // processes of which List has much to tell
 	forLinks                        // names of hard links in archives, which can be sent twice as well
 	budgetClasses
 )
 
 // classShares are the parts, in sixteenths of the budget, that a class may have at most. Together they are more than the
 // whole: a class may use what others leave.
-var classShares = [budgetClasses]int64{forStrangers: 3, forRequests: 11, forFiles: 10, forWatches: 4, forProcesses: 2, forLinks: 2}
+var classShares = [budgetClasses]int64{forStrangers: 3, forRequests: 11, forFiles: 10, forWatches: 4, forProcesses: 2, forConfigs: 3, forLinks: 2}
 
-var classNames = [budgetClasses]string{"requests without the token", "requests", "files", "watches", "processes", "links"}
+var classNames = [budgetClasses]string{"requests without the token", "requests", "files", "watches", "processes", "large configurations", "links"}
 
 const (
 	memoryLimitLeast = 32 << 20         // bytes: bounds of the default, which is an eighth of the memory

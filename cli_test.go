@@ -91,7 +91,6 @@ func TestBadFlags(t *testing.T) {
 		{"--isnotfc", "--no-such-flag=1"},
 		{"--host-address", "nowhere"},
 		{"--host-address", "10.0.0.1/33"},
-		{"--max-requests", "10"},
 		{"--port", "abc"},
 		{"--port=4x"},
 		{"--port"},

@@ -143,7 +143,7 @@ func memoryError(err error) error {
 func (s *processService) keep(size int64) (*grant, error) {
 	class := forProcesses
 	if size > grantSmall {
-		class = forRequests
+		class = forConfigs
 	}
 	memory := s.budget.grant(class)
 	for {
