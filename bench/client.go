@@ -231,7 +231,7 @@ func (c *client) keysRaw(ctx context.Context, to *pb.ProcessSelector) (key func(
 
 // getter gives a function that gets path, which has a short answer.
 func (c *client) getter(ctx context.Context, path string) (get func() error, done func(), err error) {
-	return c.repeater(ctx, fmt.Appendf(nil, "GET %s HTTP/1.1\r\nHost: bench\r\n\r\n", path))
+	return c.repeater(ctx, fmt.Appendf(nil, "GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n", path))
 }
 
 // repeater gives a function that makes the same request again and again, by one write and one read on a socket of its own.

@@ -145,7 +145,7 @@ func (d *daemon) answers() bool {
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(2 * time.Second))
-	io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")
+	io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
 	var head [10]byte
 	_, err = io.ReadFull(conn, head[:])
 	return err == nil && string(head[:]) == "HTTP/1.1 2"

@@ -110,7 +110,7 @@ func exchange(addr, head string, body io.Reader, answer func(*http.Response) err
 		return err
 	}
 	defer conn.Close()
-	if _, err := io.WriteString(conn, head+"Host: bench\r\nConnection: close\r\n\r\n"); err != nil {
+	if _, err := io.WriteString(conn, head+"Host: localhost\r\nConnection: close\r\n\r\n"); err != nil {
 		return err
 	}
 	if body != nil {

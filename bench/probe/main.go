@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-const request = "GET /health HTTP/1.1\r\nHost: bench\r\n\r\n"
+const request = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 func main() {
 	duration, err := time.ParseDuration(os.Args[2])
