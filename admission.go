@@ -371,17 +371,16 @@ func (cs *connections) crowdedLocked(c *connection) bool {
 		return false
 	}
 	for {
-		all, own, counts := 0, 0, map[netip.Addr]int64{}
+		all, counts := 0, map[netip.Addr]int64{}
 		for other := range cs.open {
 			if other.class == forStrangers {
 				all++
 				counts[other.peer]++
 			}
 		}
-		own = int(counts[c.peer])
 		var goes *connection
 		switch {
-		case own > strangerConnections/peerShare:
+		case counts[c.peer] > strangerConnections/peerShare:
 			goes, _ = cs.heaviestLocked(c, forStrangers, nil) // its own
 		case all > strangerConnections:
 			goes, _ = cs.heaviestLocked(c, forStrangers, counts)
@@ -454,7 +453,7 @@ func (cs *connections) begin(ctx context.Context, c *connection, shown, trusted 
 	return a
 }
 
-// refusedLocked counts one more or less of what a peer has not paid for.
+// refusedLocked counts one request more, or less, of a peer's that is not paid for, and tells how many there are.
 func (cs *connections) refusedLocked(peer netip.Addr, one int) int {
 	if cs.refused == nil {
 		cs.refused = map[netip.Addr]int{}
@@ -558,7 +557,7 @@ func (b *countedBody) end() {
 
 // ---- the measure of strangers --------------------------------------------------------------------------------------
 
-// measure is how many may be at something at once, of one peer at most a part of them. Who finds all places taken gets one of
+// measure is how many strangers may be at something at once, of one peer at most a part of them. Who finds all places taken gets one of
 // the peer that has most, which loses its connection, if that has two more than he would have; else he waits.
 type measure struct {
 	conns  *connections
@@ -660,8 +659,8 @@ func (m *measure) displaceLocked(many int) {
 func (m *measure) leave(place *measured) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	other := func(p *measured) bool { return p == place }
-	m.taken, m.waiting = slices.DeleteFunc(m.taken, other), slices.DeleteFunc(m.waiting, other)
+	same := func(p *measured) bool { return p == place }
+	m.taken, m.waiting = slices.DeleteFunc(m.taken, same), slices.DeleteFunc(m.waiting, same)
 	m.waiting = slices.DeleteFunc(m.waiting, m.giveLocked)
 }
 

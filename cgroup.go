@@ -86,9 +86,9 @@ func openCgroups(root string) (*cgroups, error) {
 }
 
 // limit bounds what started processes take from the machine, as far as its kernel has the means. The agent itself stays in
-// the root group, which has no limits and whose threads weigh 100 each. No floor under its memory is needed there: a group at
-// its limit gives up its own pages, and the OOM killer passes over the agent (prepareProcess). memory.oom.group stays off, so
-// that a shell outlives its command.
+// the root group, which has no limits and whose threads weigh 100 each. A group at its limit gives up its own pages first, the
+// OOM killer passes over the agent (prepareProcess), and the agent's program stays in memory (keepResident), which the root group has no
+// other floor for. memory.oom.group stays off, so that a shell outlives its command.
 //
 // processes bounds each group's processes and threads; 0 means 7/16 of what the kernel can make. A fork bomb of root, who is the
 // default user, is not held by RLIMIT_NPROC; it would use up kernel.threads-max (1 for each 128 KiB of memory) or kernel.pid_max,

@@ -482,3 +482,13 @@ func TestOwnCgroup(t *testing.T) {
 		}
 	}
 }
+
+// A limit with which nobody could be served is raised, and that is told.
+func TestSmallMemoryLimit(t *testing.T) {
+	t.Parallel()
+	d := startDaemon(t, "--memory-limit", "64KiB")
+	if got := d.output(t, argv("echo", "served")); got != "served\n" {
+		t.Errorf("got %q", got)
+	}
+	waitFor(t, 5*time.Second, "a line in the log", func() bool { return strings.Contains(d.log(), "--memory-limit is too small") })
+}

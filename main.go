@@ -195,7 +195,9 @@ func run(c *config) int {
 	}
 
 	if c.memoryLimit = cmp.Or(c.memoryLimit, byteSize(defaultMemoryLimit(totalMemory()))); c.memoryLimit < memoryLimitLeast/2 {
-		c.memoryLimit = memoryLimitLeast / 2 // process 1 boots with whatever it is told
+		// Process 1 boots with whatever it is told, but with less than this it would answer nobody.
+		slog.Warn("--memory-limit is too small and was raised", "logger", "envd", "asked", c.memoryLimit.String())
+		c.memoryLimit = memoryLimitLeast / 2
 	}
 	budget := newBudget(int64(c.memoryLimit))
 	// What the budget does not count, and garbage that has not been collected: beyond it the collector works harder.
