@@ -5,7 +5,10 @@
 // which its request is on the way, a connection counts among those of clients: many may come at once. All strangers together
 // have the sixteenths of the budget that are their class.
 //
-// Who finds no room takes that of the peer whose connections cost most, in the same class: of these goes the one that serves
+// With a token set, who has shown nothing takes no room from who has: a newcomer that finds none free takes that of another newcomer,
+// or is a stranger at once. Others take that of newcomers first.
+//
+// Who finds no room otherwise takes that of the peer whose connections cost most, in the same class: of these goes the one that serves
 // nothing, then the one that waits for the rest of a body, the longest waiting first, then the dearest. Where the newcomer's own
 // peer holds most, nothing that is being served goes, but the newcomer is refused. What strangers may do beside /health, which is
 // to set the daemon up and to prepare a snapshot, is for a few at a time (measure).
@@ -172,7 +175,11 @@ func (cs *connections) accept(ctx context.Context, conn net.Conn) context.Contex
 		c.yields.Store(true)
 		c.setUnsent(strangerUnsent)
 	}
-	if cs.takeLocked(c, forRequests, c.memory, connectionPrice) == errNoRoom {
+	switch err := cs.takeLocked(c, forRequests, c.memory, connectionPrice); {
+	case err == nil:
+	case cs.token.isSet():
+		cs.estrangeLocked(c)
+	case err == errNoRoom:
 		cs.closeLocked(c)
 	}
 	return context.WithValue(ctx, connKey{}, c)
@@ -311,6 +318,12 @@ func (cs *connections) takeLocked(c *connection, class budgetClass, memory *gran
 				cs.countLocked(c.peer, class, bytes)
 				return nil
 			}
+			if class == forRequests && cs.closeNewcomerLocked(c) {
+				continue
+			}
+			if cs.isNew(c) {
+				return errNoRoom
+			}
 			weights = map[netip.Addr]int64{}
 			for peer, h := range cs.held {
 				weights[peer] = h[class]
@@ -326,6 +339,35 @@ func (cs *connections) takeLocked(c *connection, class budgetClass, memory *gran
 			return errRoomSoon
 		}
 	}
+}
+
+// isNew tells whether a connection counts among those of clients, and has not shown the token that is set.
+func (cs *connections) isNew(c *connection) bool {
+	return cs.token.isSet() && c.class == forRequests && !c.shown && c.requests == 0
+}
+
+// closeNewcomerLocked closes a connection that is new, of the peer that has most of these the one that came first, unless there is
+// none but c.
+func (cs *connections) closeNewcomerLocked(c *connection) (closed bool) {
+	counts := map[netip.Addr]int{}
+	for other := range cs.open {
+		if cs.isNew(other) {
+			counts[other.peer]++
+		}
+	}
+	var goes *connection
+	for other := range cs.open {
+		if other == c || !cs.isNew(other) {
+			continue
+		}
+		if goes == nil || cmp.Or(cmp.Compare(counts[goes.peer], counts[other.peer]), other.opened.Compare(goes.opened)) < 0 {
+			goes = other
+		}
+	}
+	if goes != nil {
+		cs.closeLocked(goes)
+	}
+	return goes != nil
 }
 
 // strangersShareLocked tells whether the peer of c may have so many bytes more: of strangers one address may have a part.
@@ -471,8 +513,10 @@ func (cs *connections) trustLocked(c *connection) {
 	if c.class == forRequests {
 		return
 	}
-	if !c.memory.become(forRequests) {
-		return // there is no room for it among them: it is a stranger's still
+	for !c.memory.become(forRequests) {
+		if !cs.closeNewcomerLocked(c) {
+			return // there is no room for it among them: it is a stranger's still
+		}
 	}
 	if c.yields.Swap(false) {
 		c.setUnsent(-1) // no bound

@@ -810,27 +810,80 @@ func TestManyConnectionsWithTheToken(t *testing.T) {
 	}
 }
 
-// What is counted for a peer is given back, whatever its requests and connections have shown meanwhile.
-func TestPeersAreCountedInBalance(t *testing.T) {
+// accepted is a connection from a loopback address, as the server has it.
+func accepted(t *testing.T, cs *connections, listener net.Listener, from net.IP) (*connection, context.Context) {
+	t.Helper()
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: from}}
+	client, err := dialer.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	conn, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	c := &connection{TCPConn: conn.(*net.TCPConn)}
+	return c, cs.accept(t.Context(), c)
+}
+
+// newConnections has a token and a budget, and a listener for its connections.
+func newConnections(t *testing.T, limit int64) (*connections, net.Listener) {
+	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer listener.Close()
-	cs := connections{budget: newBudget(64 << 20), token: &accessToken{}, open: map[*connection]bool{}, held: map[netip.Addr]holdings{}}
+	t.Cleanup(func() { listener.Close() })
+	cs := &connections{budget: newBudget(limit), token: &accessToken{}, open: map[*connection]bool{}, held: map[netip.Addr]holdings{}}
 	cs.token.set("secret")
+	return cs, listener
+}
+
+// Whatever peers connect, from however many addresses: who has shown the token keeps its connections, and finds room for requests.
+func TestNewcomersDisplaceNobody(t *testing.T) {
+	cs, listener := newConnections(t, 16<<20)
+	host := net.IPv4(127, 0, 0, 1)
+	var served []*connection
+	request := func(c *connection, ctx context.Context) {
+		t.Helper()
+		a := cs.begin(ctx, c, true, true)
+		if a.refusal != nil {
+			t.Fatalf("the host's request beside %d newcomers: %v", len(cs.open)-len(served), a.refusal)
+		}
+		t.Cleanup(func() { cs.end(c, a) })
+	}
+	for range 4 {
+		c, ctx := accepted(t, cs, listener, host)
+		for range 10 {
+			request(c, ctx)
+		}
+		served = append(served, c)
+	}
+	for i := range 400 {
+		accepted(t, cs, listener, net.IPv4(127, 0, 1, byte(1+i%250)))
+		if i%40 == 0 { // the host comes, too
+			c, ctx := accepted(t, cs, listener, host)
+			request(c, ctx)
+			served = append(served, c)
+		}
+	}
+	if len(cs.open) >= 400 {
+		t.Fatalf("%d connections are open: there was room for all", len(cs.open))
+	}
+	for i, c := range served {
+		if !cs.open[c] {
+			t.Errorf("the host's connection %d was closed for one that has shown nothing", i)
+		}
+	}
+}
+
+// What is counted for a peer is given back, whatever its requests and connections have shown meanwhile.
+func TestPeersAreCountedInBalance(t *testing.T) {
+	cs, listener := newConnections(t, 64<<20)
 	for order := range 4 {
-		client, err := net.Dial("tcp", listener.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close()
-		accepted, err := listener.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		c := &connection{TCPConn: accepted.(*net.TCPConn)}
-		ctx := cs.accept(t.Context(), c)
+		c, ctx := accepted(t, cs, listener, net.IPv4(127, 0, 0, 1))
 		requests := []admission{cs.begin(ctx, c, false, order&1 == 0), cs.begin(ctx, c, false, order&1 == 1), cs.begin(ctx, c, order&2 == 0, false)}
 		if order == 3 {
 			cs.vouch(c, requests[0].memory)

@@ -694,8 +694,8 @@ func (d *daemon) call(t testing.TB, argv []string, options []callOption) *client
 	return c
 }
 
-// A stream that outlives this hangs; the tests' contexts carry no deadline, which a client would send to the daemon.
-const streamWatchdog = 60 * time.Second
+// A stream that outlives this, and an attack on demand, hangs; the tests' contexts carry no deadline, which a client would send to the daemon.
+func streamWatchdog() time.Duration { return time.Minute + *attackFlag }
 
 // open starts a process and reads nothing yet.
 func (d *daemon) open(t testing.TB, argv []string, options ...callOption) (*clientStream, error) {
@@ -706,7 +706,7 @@ func (d *daemon) open(t testing.TB, argv []string, options ...callOption) (*clie
 		request.Header()[key] = values
 	}
 	ctx, cancel := context.WithCancelCause(c.ctx)
-	watchdog := time.AfterFunc(streamWatchdog, func() { cancel(errors.New("the stream hangs")) })
+	watchdog := time.AfterFunc(streamWatchdog(), func() { cancel(errors.New("the stream hangs")) })
 	response, err := c.client.Start(ctx, request)
 	if err != nil {
 		cancel(nil)
@@ -754,7 +754,7 @@ func (d *daemon) openConnect(t testing.TB, selector *pb.ProcessSelector, options
 		request.Header()[key] = values
 	}
 	ctx, cancel := context.WithCancelCause(c.ctx)
-	watchdog := time.AfterFunc(streamWatchdog, func() { cancel(errors.New("the stream hangs")) })
+	watchdog := time.AfterFunc(streamWatchdog(), func() { cancel(errors.New("the stream hangs")) })
 	response, err := c.client.Connect(ctx, request)
 	if err != nil {
 		cancel(nil)

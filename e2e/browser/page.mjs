@@ -71,8 +71,13 @@ try {
   await shows(/^all/m)
   const ticks = (await screen()).match(/^tick \d/gm)
   assert.deepEqual(ticks, [1, 2, 3, 4, 5, 6, 7, 8].map((i) => `tick ${i}`))
-  await type('touch after"ward"s')
-  await tab.waitForSelector('#events >> text=create afterwards')
+  // The page watches again: what was made meanwhile is in its list, what is made from then on among its events.
+  let made = 0
+  await until(async () => {
+    await type(`touch after"ward"s-${++made}`)
+    return await tab.locator('#events >> text=/create afterwards/').count()
+  }, () => `an event of one of ${made} files`)
+  await tab.waitForSelector('#files >> text=afterwards-1')
 
   if (screenshot) await tab.screenshot({ path: screenshot })
   await type('exit')
