@@ -62,16 +62,37 @@ type connections struct {
 	budget *budget
 	token  *accessToken
 
-	mu   sync.Mutex // protects what follows, and every connection; nothing is done under it that takes time
-	open map[*connection]bool
-	held map[netip.Addr]holdings // by peer; also of requests whose connection is closed, until they end
-
-	refused map[netip.Addr]int // requests that are not paid for, by peer
-	unpaid  int                // all of them
+	mu        sync.Mutex // protects what follows, every peer and every connection; nothing is done under it that takes time
+	open      map[*connection]bool
+	peers     map[netip.Addr]*peer
+	strangers int // connections
+	unpaid    int // requests that are not paid for
 }
 
-// holdings are bytes of the budget, by class.
-type holdings [budgetClasses]int64
+// peer is an address from which there are connections, or requests that have not ended.
+type peer struct {
+	held   [budgetClasses]int64 // bytes of the budget; also of requests whose connection is closed, until they end
+	unpaid int                  // requests
+	open   [standings]map[*connection]bool
+}
+
+// standing is what a connection counts as.
+type standing int
+
+const (
+	newcomer standing = iota // in its first second: its request is on the way
+	client                   // with a token set, who has shown it; without one, who is being served
+	stranger                 // every other
+	standings
+)
+
+// class is that of the budget which pays for a connection.
+func (s standing) class() budgetClass {
+	if s == stranger {
+		return forStrangers
+	}
+	return forRequests
+}
 
 // connection is one of a client. Nothing is read from it while a write to it hangs: the answers to what was read, those of HTTP/2
 // itself (PING, SETTINGS) among them, would be held without end.
@@ -85,7 +106,7 @@ type connection struct {
 	// Under the mutex of connections:
 	peer     netip.Addr // of IPv6 the network, 64 bits: who has one address there has them all
 	memory   *grant
-	class    budgetClass
+	standing standing
 	held     int64 // bytes that it and its requests have, for who holds most of one peer
 	shown    bool  // a request has shown the token
 	requests int   // being served
@@ -166,11 +187,11 @@ func peerOf(remote net.Addr) netip.Addr {
 func (cs *connections) accept(ctx context.Context, conn net.Conn) context.Context {
 	c := conn.(*connection)
 	c.peer, c.memory, c.opened = peerOf(c.RemoteAddr()), cs.budget.grant(forRequests), time.Now()
-	c.class = forRequests
 	c.heard()
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	cs.open[c] = true
+	cs.standLocked(c, newcomer)
 	if cs.token.isSet() {
 		c.yields.Store(true)
 		c.setUnsent(strangerUnsent)
@@ -206,11 +227,11 @@ func (cs *connections) changed(conn net.Conn, state http.ConnState) {
 
 // estrangeLocked counts a connection among strangers that has shown nothing.
 func (cs *connections) estrangeLocked(c *connection) {
-	if !cs.open[c] || c.shown || c.class == forStrangers {
+	if !cs.open[c] || c.shown || c.standing == stranger {
 		return
 	}
 	cs.payBackLocked(c)
-	c.class = forStrangers
+	cs.standLocked(c, stranger)
 	c.memory.become(forStrangers) // holds nothing
 	if cs.token.isSet() && !c.yields.Swap(true) {
 		c.setUnsent(strangerUnsent)
@@ -252,9 +273,34 @@ func (cs *connections) closeWaiting() {
 }
 
 func (cs *connections) forgetLocked(c *connection) {
-	delete(cs.open, c)
 	cs.payBackLocked(c)
 	c.memory.close()
+	if cs.open[c] {
+		cs.leaveLocked(c)
+		delete(cs.open, c)
+		cs.tidyLocked(c.peer)
+	}
+}
+
+// standLocked counts an open connection as what it is from now on.
+func (cs *connections) standLocked(c *connection, as standing) {
+	cs.leaveLocked(c)
+	p := cs.peerLocked(c.peer)
+	if p.open[as] == nil {
+		p.open[as] = map[*connection]bool{}
+	}
+	p.open[as][c] = true
+	if c.standing = as; as == stranger {
+		cs.strangers++
+	}
+}
+
+func (cs *connections) leaveLocked(c *connection) {
+	open := cs.peerLocked(c.peer).open[c.standing]
+	if open[c] && c.standing == stranger {
+		cs.strangers--
+	}
+	delete(open, c)
 }
 
 // payBackLocked gives back what a connection has, without its requests.
@@ -262,16 +308,34 @@ func (cs *connections) payBackLocked(c *connection) {
 	has := c.memory.holds()
 	c.memory.give(has)
 	c.held -= has
-	cs.countLocked(c.peer, c.class, -has)
+	cs.countLocked(c.peer, c.standing.class(), -has)
 }
 
-func (cs *connections) countLocked(peer netip.Addr, class budgetClass, bytes int64) {
-	h := cs.held[peer]
-	if h[class] += bytes; h == (holdings{}) {
-		delete(cs.held, peer)
-	} else {
-		cs.held[peer] = h
+func (cs *connections) peerLocked(addr netip.Addr) *peer {
+	p := cs.peers[addr]
+	if p == nil {
+		p = &peer{}
+		cs.peers[addr] = p
 	}
+	return p
+}
+
+// tidyLocked forgets a peer of which nothing is left.
+func (cs *connections) tidyLocked(addr netip.Addr) {
+	p := cs.peers[addr]
+	for _, open := range p.open {
+		if len(open) > 0 {
+			return
+		}
+	}
+	if p.held == [budgetClasses]int64{} && p.unpaid == 0 {
+		delete(cs.peers, addr)
+	}
+}
+
+func (cs *connections) countLocked(addr netip.Addr, class budgetClass, bytes int64) {
+	cs.peerLocked(addr).held[class] += bytes
+	cs.tidyLocked(addr)
 }
 
 func (cs *connections) closeLocked(c *connection) {
@@ -310,30 +374,30 @@ var (
 
 // takeLocked takes what c, or a request on it, needs in a class, from others if need be.
 func (cs *connections) takeLocked(c *connection, class budgetClass, memory *grant, bytes int64) error {
+	own := cs.peerLocked(c.peer)
 	for {
-		var weights map[netip.Addr]int64
-		if cs.strangersShareLocked(c, class, bytes) {
+		from := own
+		if cs.strangersShareLocked(own, class, bytes) {
 			if memory.tryTake(bytes) == nil {
 				c.held += bytes
 				cs.countLocked(c.peer, class, bytes)
 				return nil
 			}
-			if class == forRequests && cs.closeNewcomerLocked(c) {
-				continue
+			if class == forRequests && cs.token.isSet() {
+				if cs.closeNewcomerLocked(c) {
+					continue
+				}
+				if c.standing == newcomer {
+					return errNoRoom
+				}
 			}
-			if cs.isNew(c) {
-				return errNoRoom
-			}
-			weights = map[netip.Addr]int64{}
-			for peer, h := range cs.held {
-				weights[peer] = h[class]
-			}
+			from = cs.mostLocked(own, func(p *peer) int64 { return p.held[class] })
 		}
-		goes, own := cs.heaviestLocked(c, class, weights)
+		goes := from.leastWorth(c, class)
 		switch {
 		case goes != nil:
 			cs.closeLocked(goes)
-		case own:
+		case from == own:
 			return errNoRoom
 		default:
 			return errRoomSoon
@@ -341,26 +405,18 @@ func (cs *connections) takeLocked(c *connection, class budgetClass, memory *gran
 	}
 }
 
-// isNew tells whether a connection counts among those of clients, and has not shown the token that is set.
-func (cs *connections) isNew(c *connection) bool {
-	return cs.token.isSet() && c.class == forRequests && !c.shown && c.requests == 0
-}
-
-// closeNewcomerLocked closes a connection that is new, of the peer that has most of these the one that came first, unless there is
-// none but c.
+// closeNewcomerLocked closes a newcomer, of the peer that has most of these the one that came first, unless there is none but c.
 func (cs *connections) closeNewcomerLocked(c *connection) (closed bool) {
-	counts := map[netip.Addr]int{}
-	for other := range cs.open {
-		if cs.isNew(other) {
-			counts[other.peer]++
+	own := cs.peerLocked(c.peer)
+	most := cs.mostLocked(own, func(p *peer) int64 {
+		if p == own && p.open[newcomer][c] {
+			return int64(len(p.open[newcomer])) - 1
 		}
-	}
+		return int64(len(p.open[newcomer]))
+	})
 	var goes *connection
-	for other := range cs.open {
-		if other == c || !cs.isNew(other) {
-			continue
-		}
-		if goes == nil || cmp.Or(cmp.Compare(counts[goes.peer], counts[other.peer]), other.opened.Compare(goes.opened)) < 0 {
+	for other := range most.open[newcomer] {
+		if other != c && (goes == nil || other.opened.Before(goes.opened)) {
 			goes = other
 		}
 	}
@@ -370,32 +426,42 @@ func (cs *connections) closeNewcomerLocked(c *connection) (closed bool) {
 	return goes != nil
 }
 
-// strangersShareLocked tells whether the peer of c may have so many bytes more: of strangers one address may have a part.
-func (cs *connections) strangersShareLocked(c *connection, class budgetClass, bytes int64) bool {
+// strangersShareLocked tells whether a peer may have so many bytes more: of strangers one address may have a part.
+func (cs *connections) strangersShareLocked(p *peer, class budgetClass, bytes int64) bool {
 	if class != forStrangers || cs.budget == nil || !cs.token.isSet() {
 		return true
 	}
 	share := cs.budget.size / 16 * classShares[forStrangers]
-	return cs.held[c.peer][forStrangers]+bytes <= share/peerShare
+	return p.held[forStrangers]+bytes <= share/peerShare
 }
 
-// heaviestLocked is a connection, in a class, of the peer that has the most weight, or nil, and whether that is c's own.
-func (cs *connections) heaviestLocked(c *connection, class budgetClass, weights map[netip.Addr]int64) (goes *connection, own bool) {
-	heaviest := c.peer
-	for peer, weight := range weights {
-		if weight > weights[heaviest] {
-			heaviest = peer
+// mostLocked is the peer that has the most by a measure, at a draw that which asks.
+func (cs *connections) mostLocked(asks *peer, measure func(*peer) int64) *peer {
+	most, has := asks, measure(asks)
+	for _, p := range cs.peers {
+		if n := measure(p); n > has {
+			most, has = p, n
 		}
 	}
-	for other := range cs.open {
-		switch {
-		case other == c, other.class != class, other.peer != heaviest:
-		case heaviest == c.peer && other.rank() == serving:
-		case goes == nil || compareWorth(other, goes) < 0:
-			goes = other
+	return most
+}
+
+// leastWorth is the connection of a peer, in a class, that is to go for another one, or nil: none that serves goes for one of its
+// own peer's.
+func (p *peer) leastWorth(c *connection, class budgetClass) (goes *connection) {
+	for as, open := range p.open {
+		if standing(as).class() != class {
+			continue
+		}
+		for other := range open {
+			switch {
+			case other == c, other.peer == c.peer && other.rank() == serving:
+			case goes == nil || compareWorth(other, goes) < 0:
+				goes = other
+			}
 		}
 	}
-	return goes, heaviest == c.peer
+	return goes
 }
 
 // compareWorth orders connections of one peer, that which goes first before the others.
@@ -412,23 +478,17 @@ func (cs *connections) crowdedLocked(c *connection) bool {
 	if !cs.token.isSet() {
 		return false
 	}
+	own, number := cs.peerLocked(c.peer), func(p *peer) int64 { return int64(len(p.open[stranger])) }
 	for {
-		all, counts := 0, map[netip.Addr]int64{}
-		for other := range cs.open {
-			if other.class == forStrangers {
-				all++
-				counts[other.peer]++
-			}
-		}
-		var goes *connection
+		from := own
 		switch {
-		case counts[c.peer] > strangerConnections/peerShare:
-			goes, _ = cs.heaviestLocked(c, forStrangers, nil) // its own
-		case all > strangerConnections:
-			goes, _ = cs.heaviestLocked(c, forStrangers, counts)
+		case number(own) > strangerConnections/peerShare:
+		case cs.strangers > strangerConnections:
+			from = cs.mostLocked(own, number)
 		default:
 			return false
 		}
+		goes := from.leastWorth(c, forStrangers)
 		if goes == nil {
 			return true
 		}
@@ -474,9 +534,9 @@ func (cs *connections) begin(ctx context.Context, c *connection, shown, trusted 
 	if a.stranger {
 		most = peerRefusals
 	}
-	c.refused++
-	switch refused := cs.refusedLocked(c.peer, 1); {
-	case refused > most, cs.unpaid > allRefusals: // nor may many wait who have paid nothing
+	cs.unpaidLocked(c, 1)
+	switch {
+	case cs.peerLocked(c.peer).unpaid > most, cs.unpaid > allRefusals: // nor may many wait who have paid nothing
 		a.abort = true
 	case a.stranger && c.refused > strangerRefusals:
 		cs.closeLocked(c)
@@ -486,8 +546,7 @@ func (cs *connections) begin(ctx context.Context, c *connection, shown, trusted 
 		cs.mu.Lock()
 		if a.refusal == nil {
 			a.unpaid = false
-			c.refused--
-			cs.refusedLocked(c.peer, -1)
+			cs.unpaidLocked(c, -1)
 			c.held += requestPrice
 			cs.countLocked(c.peer, a.class, requestPrice)
 		}
@@ -495,36 +554,31 @@ func (cs *connections) begin(ctx context.Context, c *connection, shown, trusted 
 	return a
 }
 
-// refusedLocked counts one request more, or less, of a peer's that is not paid for, and tells how many there are.
-func (cs *connections) refusedLocked(peer netip.Addr, one int) int {
-	if cs.refused == nil {
-		cs.refused = map[netip.Addr]int{}
-	}
+// unpaidLocked counts a request more, or less, of a connection that is not paid for.
+func (cs *connections) unpaidLocked(c *connection, one int) {
 	cs.unpaid += one
-	cs.refused[peer] += one
-	n := cs.refused[peer]
-	if n == 0 {
-		delete(cs.refused, peer)
-	}
-	return n
+	c.refused += one
+	cs.peerLocked(c.peer).unpaid += one
+	cs.tidyLocked(c.peer)
 }
 
+// trustLocked counts a connection among those of clients, if there is room.
 func (cs *connections) trustLocked(c *connection) {
-	if c.class == forRequests {
+	if !cs.open[c] || c.standing == client {
 		return
 	}
-	for !c.memory.become(forRequests) {
-		if !cs.closeNewcomerLocked(c) {
-			return // there is no room for it among them: it is a stranger's still
+	for c.standing == stranger && !c.memory.become(forRequests) {
+		if !cs.token.isSet() || !cs.closeNewcomerLocked(c) {
+			return // it is a stranger's still
 		}
 	}
+	has := c.memory.holds()
+	cs.countLocked(c.peer, c.standing.class(), -has)
+	cs.standLocked(c, client)
+	cs.countLocked(c.peer, forRequests, has)
 	if c.yields.Swap(false) {
 		c.setUnsent(-1) // no bound
 	}
-	has := c.memory.holds()
-	cs.countLocked(c.peer, c.class, -has)
-	cs.countLocked(c.peer, forRequests, has)
-	c.class = forRequests
 }
 
 // vouch says that a request has shown the token in its body.
@@ -550,8 +604,7 @@ func (cs *connections) end(c *connection, a admission) {
 	c.requests--
 	switch {
 	case a.unpaid:
-		c.refused--
-		cs.refusedLocked(c.peer, -1)
+		cs.unpaidLocked(c, -1)
 	case a.refusal == nil:
 		c.held -= requestPrice
 		cs.countLocked(c.peer, a.class, -requestPrice)
@@ -660,44 +713,45 @@ func count(list []*measured, peer netip.Addr) (n int) {
 func (m *measure) queue(place *measured) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	peer := place.conn.peer
-	m.giveLocked(place)
-	if !slices.Contains(m.taken, place) && len(m.taken) >= m.places {
-		m.displaceLocked(count(m.taken, peer) + 2)
-		m.giveLocked(place)
-	}
-	if slices.Contains(m.taken, place) {
+	m.waiting = append(m.waiting, place)
+	m.settleLocked()
+	last := len(m.waiting) - 1
+	if last < 0 || m.waiting[last] != place || last < strangerConnections && count(m.waiting, place.conn.peer) <= m.places {
 		return true
 	}
-	if count(m.waiting, peer) >= m.places || len(m.waiting) >= strangerConnections {
-		return false
-	}
-	m.waiting = append(m.waiting, place)
-	return true
+	m.waiting = m.waiting[:last]
+	return false
 }
 
-// giveLocked gives a place if there is one for that peer.
-func (m *measure) giveLocked(place *measured) (given bool) {
-	given = len(m.taken) < m.places && count(m.taken, place.conn.peer) < max(1, m.places/peerShare)
-	if given {
-		m.taken = append(m.taken, place)
-		close(place.ready)
+// settleLocked gives places to those who wait, of the peer first that has fewest.
+func (m *measure) settleLocked() {
+	for len(m.waiting) > 0 {
+		has := map[netip.Addr]int{}
+		for _, p := range m.taken {
+			has[p.conn.peer]++
+		}
+		next := slices.MinFunc(m.waiting, func(a, b *measured) int { return cmp.Compare(has[a.conn.peer], has[b.conn.peer]) })
+		its := has[next.conn.peer]
+		if its >= max(1, m.places/peerShare) || len(m.taken) >= m.places && !m.displaceLocked(has, its+2) {
+			return
+		}
+		m.taken = append(m.taken, next)
+		m.waiting = slices.DeleteFunc(m.waiting, func(p *measured) bool { return p == next })
+		close(next.ready)
 	}
-	return given
 }
 
 // displaceLocked ends the oldest of the peer that has most, if that are so many.
-func (m *measure) displaceLocked(many int) {
-	most := slices.MaxFunc(m.taken, func(a, b *measured) int {
-		return cmp.Compare(count(m.taken, a.conn.peer), count(m.taken, b.conn.peer))
-	})
-	if count(m.taken, most.conn.peer) < many {
-		return
+func (m *measure) displaceLocked(has map[netip.Addr]int, many int) bool {
+	most := slices.MaxFunc(m.taken, func(a, b *measured) int { return cmp.Compare(has[a.conn.peer], has[b.conn.peer]) })
+	if has[most.conn.peer] < many {
+		return false
 	}
 	m.conns.mu.Lock()
 	m.conns.closeLocked(most.conn)
 	m.conns.mu.Unlock()
 	m.taken = slices.DeleteFunc(m.taken, func(p *measured) bool { return p.conn == most.conn })
+	return true
 }
 
 func (m *measure) leave(place *measured) {
@@ -705,7 +759,7 @@ func (m *measure) leave(place *measured) {
 	defer m.mu.Unlock()
 	same := func(p *measured) bool { return p == place }
 	m.taken, m.waiting = slices.DeleteFunc(m.taken, same), slices.DeleteFunc(m.waiting, same)
-	m.waiting = slices.DeleteFunc(m.waiting, m.giveLocked)
+	m.settleLocked()
 }
 
 // ---- answers -------------------------------------------------------------------------------------------------------

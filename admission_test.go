@@ -836,7 +836,7 @@ func newConnections(t *testing.T, limit int64) (*connections, net.Listener) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { listener.Close() })
-	cs := &connections{budget: newBudget(limit), token: &accessToken{}, open: map[*connection]bool{}, held: map[netip.Addr]holdings{}}
+	cs := &connections{budget: newBudget(limit), token: &accessToken{}, open: map[*connection]bool{}, peers: map[netip.Addr]*peer{}}
 	cs.token.set("secret")
 	return cs, listener
 }
@@ -879,6 +879,48 @@ func TestNewcomersDisplaceNobody(t *testing.T) {
 	}
 }
 
+// A place that is given up goes to the peer that has fewest, not to who has waited longest.
+func TestMeasureIsSharedByPeers(t *testing.T) {
+	cs, listener := newConnections(t, 64<<20)
+	m := newMeasure(cs, 8)
+	place := func(from net.IP) *measured {
+		t.Helper()
+		c, _ := accepted(t, cs, listener, from)
+		p := &measured{c, make(chan struct{})}
+		if !m.queue(p) {
+			t.Fatal("too many wait")
+		}
+		return p
+	}
+	has := func(p *measured) bool {
+		select {
+		case <-p.ready:
+			return true
+		default:
+			return false
+		}
+	}
+	for i := range 24 { // six peers: two places each at most, eight in all
+		place(net.IPv4(127, 0, 0, byte(2+i%6)))
+	}
+	host := net.IPv4(127, 0, 0, 1)
+	first := place(host)
+	second := place(host)
+	if !has(first) || len(m.taken) != 8 {
+		t.Fatalf("the host has no place of %d", len(m.taken))
+	}
+	if has(second) {
+		t.Fatal("the host has two places, while six peers have to share six")
+	}
+	m.leave(first)
+	if !has(second) {
+		t.Error("the host's place went to a peer that had one")
+	}
+	if len(m.taken) != 8 {
+		t.Errorf("%d places are taken", len(m.taken))
+	}
+}
+
 // What is counted for a peer is given back, whatever its requests and connections have shown meanwhile.
 func TestPeersAreCountedInBalance(t *testing.T) {
 	cs, listener := newConnections(t, 64<<20)
@@ -898,7 +940,7 @@ func TestPeersAreCountedInBalance(t *testing.T) {
 		cs.changed(c, http.StateClosed)
 		c.Close()
 	}
-	if used, _ := cs.budget.inUse(); used != 0 || len(cs.held) != 0 || cs.unpaid != 0 || len(cs.refused) != 0 {
-		t.Errorf("nothing is open, and %d bytes are used, %v held, %d refused", used, cs.held, cs.unpaid)
+	if used, _ := cs.budget.inUse(); used != 0 || len(cs.peers) != 0 || cs.strangers != 0 || cs.unpaid != 0 {
+		t.Errorf("nothing is open, and %d bytes are used, %d peers known, %d strangers, %d refused", used, len(cs.peers), cs.strangers, cs.unpaid)
 	}
 }

@@ -60,7 +60,7 @@ type server struct {
 
 func newServer(o serverOptions, token *accessToken, users *userDB, lifecycle *lifecycle, budget *budget) *server {
 	s := &server{serverOptions: o, token: token, users: users, lifecycle: lifecycle, budget: budget, ready: make(chan struct{})}
-	s.conns = connections{budget: budget, token: token, open: map[*connection]bool{}, held: map[netip.Addr]holdings{}}
+	s.conns = connections{budget: budget, token: token, open: map[*connection]bool{}, peers: map[netip.Addr]*peer{}}
 	s.strangers, s.inits = newMeasure(&s.conns, strangerRequests), newMeasure(&s.conns, largeInits)
 	s.lookups, s.inside.outward = newMeasure(&s.conns, metadataLookups), o.guestAddress
 	var protocols http.Protocols
