@@ -5,10 +5,10 @@
 // which its request is on the way, a connection counts among those of clients: many may come at once. All strangers together
 // have the sixteenths of the budget that are their class.
 //
-// With a token set, who has shown nothing takes no room from who has: a newcomer that finds none free takes that of another newcomer,
-// or is a stranger at once. Others take that of newcomers first.
+// With a token set, who has shown nothing takes no room from who has: a newcomer that finds none free is a stranger at once. All
+// newcomers together have half of what there is for clients at most: beyond it one goes when another comes.
 //
-// Who finds no room otherwise takes that of the peer whose connections cost most, in the same class: of these goes the one that serves
+// Others who find no room take that of the peer whose connections cost most, in the same class: of these goes the one that serves
 // nothing, then the one that waits for the rest of a body, the longest waiting first, then the dearest. Where the newcomer's own
 // peer holds most, nothing that is being served goes, but the newcomer is refused. What strangers may do beside /health, which is
 // to set the daemon up and to prepare a snapshot, is for a few at a time (measure).
@@ -62,11 +62,11 @@ type connections struct {
 	budget *budget
 	token  *accessToken
 
-	mu        sync.Mutex // protects what follows, every peer and every connection; nothing is done under it that takes time
-	open      map[*connection]bool
-	peers     map[netip.Addr]*peer
-	strangers int // connections
-	unpaid    int // requests that are not paid for
+	mu     sync.Mutex // protects what follows, every peer and every connection; nothing is done under it that takes time
+	open   map[*connection]bool
+	peers  map[netip.Addr]*peer
+	number [standings]int // of connections
+	unpaid int            // requests that are not paid for
 }
 
 // peer is an address from which there are connections, or requests that have not ended.
@@ -195,6 +195,7 @@ func (cs *connections) accept(ctx context.Context, conn net.Conn) context.Contex
 	if cs.token.isSet() {
 		c.yields.Store(true)
 		c.setUnsent(strangerUnsent)
+		cs.closeNewcomerLocked(c)
 	}
 	switch err := cs.takeLocked(c, forRequests, c.memory, connectionPrice); {
 	case err == nil:
@@ -290,17 +291,16 @@ func (cs *connections) standLocked(c *connection, as standing) {
 		p.open[as] = map[*connection]bool{}
 	}
 	p.open[as][c] = true
-	if c.standing = as; as == stranger {
-		cs.strangers++
-	}
+	c.standing = as
+	cs.number[as]++
 }
 
 func (cs *connections) leaveLocked(c *connection) {
 	open := cs.peerLocked(c.peer).open[c.standing]
-	if open[c] && c.standing == stranger {
-		cs.strangers--
+	if open[c] {
+		cs.number[c.standing]--
+		delete(open, c)
 	}
-	delete(open, c)
 }
 
 // payBackLocked gives back what a connection has, without its requests.
@@ -383,13 +383,8 @@ func (cs *connections) takeLocked(c *connection, class budgetClass, memory *gran
 				cs.countLocked(c.peer, class, bytes)
 				return nil
 			}
-			if class == forRequests && cs.token.isSet() {
-				if cs.closeNewcomerLocked(c) {
-					continue
-				}
-				if c.standing == newcomer {
-					return errNoRoom
-				}
+			if c.standing == newcomer && cs.token.isSet() {
+				return errNoRoom
 			}
 			from = cs.mostLocked(own, func(p *peer) int64 { return p.held[class] })
 		}
@@ -405,11 +400,16 @@ func (cs *connections) takeLocked(c *connection, class budgetClass, memory *gran
 	}
 }
 
-// closeNewcomerLocked closes a newcomer, of the peer that has most of these the one that came first, unless there is none but c.
-func (cs *connections) closeNewcomerLocked(c *connection) (closed bool) {
+// closeNewcomerLocked closes, when newcomers have more than half of what there is for clients, the one that came first from the
+// address from which most others than c came.
+func (cs *connections) closeNewcomerLocked(c *connection) {
+	share := cs.budget.size / 16 * classShares[forRequests]
+	if int64(cs.number[newcomer])*connectionPrice <= share/2 {
+		return
+	}
 	own := cs.peerLocked(c.peer)
 	most := cs.mostLocked(own, func(p *peer) int64 {
-		if p == own && p.open[newcomer][c] {
+		if p == own {
 			return int64(len(p.open[newcomer])) - 1
 		}
 		return int64(len(p.open[newcomer]))
@@ -423,7 +423,6 @@ func (cs *connections) closeNewcomerLocked(c *connection) (closed bool) {
 	if goes != nil {
 		cs.closeLocked(goes)
 	}
-	return goes != nil
 }
 
 // strangersShareLocked tells whether a peer may have so many bytes more: of strangers one address may have a part.
@@ -483,7 +482,7 @@ func (cs *connections) crowdedLocked(c *connection) bool {
 		from := own
 		switch {
 		case number(own) > strangerConnections/peerShare:
-		case cs.strangers > strangerConnections:
+		case cs.number[stranger] > strangerConnections:
 			from = cs.mostLocked(own, number)
 		default:
 			return false
@@ -567,10 +566,8 @@ func (cs *connections) trustLocked(c *connection) {
 	if !cs.open[c] || c.standing == client {
 		return
 	}
-	for c.standing == stranger && !c.memory.become(forRequests) {
-		if !cs.token.isSet() || !cs.closeNewcomerLocked(c) {
-			return // it is a stranger's still
-		}
+	if c.standing == stranger && !c.memory.become(forRequests) {
+		return // it is a stranger's still
 	}
 	has := c.memory.holds()
 	cs.countLocked(c.peer, c.standing.class(), -has)

@@ -879,6 +879,39 @@ func TestNewcomersDisplaceNobody(t *testing.T) {
 	}
 }
 
+// A client that takes all that there is for clients keeps no other out.
+func TestClientsDisplaceNoNewcomer(t *testing.T) {
+	cs, listener := newConnections(t, 16<<20)
+	hog, ctx := accepted(t, cs, listener, net.IPv4(127, 0, 0, 2))
+	ask := func(c *connection, ctx context.Context, shown bool) error {
+		a := cs.begin(ctx, c, shown, shown)
+		t.Cleanup(func() { cs.end(c, a) })
+		return a.refusal
+	}
+	first := cs.begin(ctx, hog, true, true)
+	for ask(hog, ctx, true) == nil {
+	}
+	cs.end(hog, first)
+	c, ctxOf := accepted(t, cs, listener, net.IPv4(127, 0, 0, 1)) // it has the last room
+	if ask(hog, ctx, true) == nil {
+		t.Error("the hog has room again")
+	}
+	accepted(t, cs, listener, net.IPv4(127, 0, 0, 2))
+	accepted(t, cs, listener, net.IPv4(127, 0, 0, 3))
+	if !cs.open[c] {
+		t.Fatal("a connection was closed before its request came, for others")
+	}
+	if err := ask(c, ctxOf, false); err != nil {
+		t.Errorf("a request without the token: %v", err)
+	}
+	if !cs.open[hog] {
+		t.Error("the hog was displaced by one who has shown nothing")
+	}
+	if err := ask(c, ctxOf, true); err != nil && err != errRoomSoon {
+		t.Errorf("a request with the token: %v", err)
+	}
+}
+
 // A place that is given up goes to the peer that has fewest, not to who has waited longest.
 func TestMeasureIsSharedByPeers(t *testing.T) {
 	cs, listener := newConnections(t, 64<<20)
@@ -940,7 +973,7 @@ func TestPeersAreCountedInBalance(t *testing.T) {
 		cs.changed(c, http.StateClosed)
 		c.Close()
 	}
-	if used, _ := cs.budget.inUse(); used != 0 || len(cs.peers) != 0 || cs.strangers != 0 || cs.unpaid != 0 {
-		t.Errorf("nothing is open, and %d bytes are used, %d peers known, %d strangers, %d refused", used, len(cs.peers), cs.strangers, cs.unpaid)
+	if used, _ := cs.budget.inUse(); used != 0 || len(cs.peers) != 0 || cs.number != [standings]int{} || cs.unpaid != 0 {
+		t.Errorf("nothing is open, and %d bytes are used, %d peers known, %d connections, %d refused", used, len(cs.peers), cs.number, cs.unpaid)
 	}
 }
