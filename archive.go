@@ -359,8 +359,8 @@ func (x *unpacker) hardLink(old, temp *place) error {
 		return err
 	}
 	if id := idOf(&st); !x.linked[id] {
-		if foreign(&old.dirs, &st) {
-			return unix.EPERM
+		if err := refuseForeign(fd, old.dir, old.name, &old.dirs, &st); err != nil {
+			return err
 		} else if err := x.memory.tryTake(linkedBytes); err != nil {
 			return err
 		}

@@ -45,6 +45,7 @@ func attackTime(t testing.TB) time.Duration {
 
 func init() {
 	testRoles["setid-attacker"], testRoles["mkdir-attacker"], testRoles["swap-attacker"] = setIDAttacker, mkdirAttacker, swapAttacker
+	testRoles["passing-attacker"] = passingAttacker
 }
 
 // attackWith runs an attacker as the user until the work of the clients ends, and gives what it printed.
@@ -356,6 +357,38 @@ func TestAttackMadeDirectories(t *testing.T) {
 		t.Skip(won)
 	}
 	t.Logf("%d directories made; %d prepared ones became root's with a link in them; the attacker saw %s change hands", rounds, given.Load(), won)
+}
+
+// passingAttacker makes a link to root's file, and takes it away again, all the time.
+func passingAttacker(args []string) {
+	becomeUser(args[0])
+	ended := untilEOF()
+	for n := 0; !isOver(ended); n++ {
+		if n%8 == 0 { // else there would be nothing that may be written to
+			os.WriteFile("f", []byte("own"), 0o644)
+			os.Remove("f")
+		}
+		os.Link(args[1], "f")
+		if n%2 == 0 {
+			os.Remove("f")
+		} else {
+			os.WriteFile("over", nil, 0o644)
+			os.Rename("over", "f")
+			os.Remove("f")
+		}
+	}
+}
+
+// Row 5: a hard link that is gone when its file is looked at, which has one name then.
+func TestAttackPassingLinks(t *testing.T) {
+	unprotectedHardLinks(t)
+	d, home := startDaemonWithUsers(t, daemonConfig{})
+	roots, untouched := rootsOwn(t)
+	rounds, _ := attackWith(t, "passing-attacker", home, []string{roots + "/file"}, func(round int) {
+		d.upload(t, filesPath("path", home+"/f", "username", []string{"user", "root"}[round%2]), "attack")
+		untouched(home + "/f")
+	})
+	t.Logf("%d uploads", rounds)
 }
 
 // swapAttacker exchanges its own file and a hard link to root's.

@@ -20,6 +20,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -258,10 +259,41 @@ func unleased(patience time.Duration, gone <-chan struct{}, open func() error) e
 // shared says that others than its owner can make names in a directory.
 func shared(dirs *unix.Stat_t) bool { return dirs.Mode&0o022 != 0 }
 
-// foreign says that a name can be a hard link which was made by another one than the owner: where others may write, or in
-// a directory of somebody else's. Directories have one name.
-func foreign(dirs, st *unix.Stat_t) bool {
-	return st.Mode&unix.S_IFMT != unix.S_IFDIR && st.Nlink > 1 && (shared(dirs) || dirs.Uid != 0 && st.Uid != dirs.Uid)
+// mayBeForeign says that another one than the owner can have made a name: where others may write, or in a directory of
+// somebody else's. Directories have one name.
+func mayBeForeign(dirs, st *unix.Stat_t) bool {
+	return st.Mode&unix.S_IFMT != unix.S_IFDIR && (shared(dirs) || dirs.Uid != 0 && st.Uid != dirs.Uid)
+}
+
+// foreign says that such a name is a hard link.
+func foreign(dirs, st *unix.Stat_t) bool { return st.Nlink > 1 && mayBeForeign(dirs, st) }
+
+// refuseForeign does so with what was opened by a name before st was taken. Who made a hard link can take it away right after
+// it was opened, and the count is that of an honest file: so the very name that was opened must still be there, which the
+// kernel says of what is open (proc_pid_fd(5)). unlink(2) lowers the count first and marks the name then, with the directory
+// locked, which getdents(2) waits for.
+func refuseForeign(fd, dir int, name string, dirs, st *unix.Stat_t) error {
+	if !mayBeForeign(dirs, st) {
+		return nil
+	} else if st.Nlink > 1 || strings.HasSuffix(name, " (deleted)") { // which the kernel adds to a name that has gone
+		return unix.EPERM
+	}
+	list, err := unix.Openat(dir, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	unix.Getdents(list, make([]byte, 512)) // whatever it finds
+	unix.Close(list)
+	below, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(dir))
+	if err != nil {
+		return err
+	}
+	if now, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd)); err != nil {
+		return err
+	} else if now != filepath.Join(below, name) {
+		return unix.EPERM
+	}
+	return nil
 }
 
 // kernels are the file systems in which the kernel shows itself, and asks for other rights than those that actAs gives up.
@@ -290,8 +322,10 @@ func (p *place) openFd(flags int, mode uint32) (fd int, err error) {
 	if err == nil {
 		existed := p.exists()
 		err = unix.Fstat(fd, &p.st)
-		if err == nil && existed && (p.as == nil && foreign(&p.dirs, &p.st) || p.kind() != unix.S_IFREG) {
+		if err == nil && existed && p.kind() != unix.S_IFREG {
 			err = unix.EPERM
+		} else if err == nil && existed && p.as == nil {
+			err = refuseForeign(fd, p.dir, p.name, &p.dirs, &p.st)
 		} else if err == nil && p.as != nil && isKernels(fd) { // mounted over a file
 			err = errKernelFile
 		}
@@ -526,8 +560,8 @@ func (w *walk) followLink(fd int, st *unix.Stat_t, at string) (became bool, err 
 	n, err := unix.Readlinkat(fd, "", buf)
 	if w.links++; err == nil && (w.noLinks || w.links > 40) {
 		err = unix.ELOOP
-	} else if err == nil && w.as == nil && foreign(&w.dirs, st) {
-		err = unix.EPERM
+	} else if err == nil && w.as == nil {
+		err = refuseForeign(fd, w.dir, filepath.Base(at), &w.dirs, st)
 	}
 	if err != nil {
 		return false, err

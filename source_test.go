@@ -22,7 +22,7 @@ import (
 )
 
 // lineBudget keeps the daemon from growing unnoticed; it goes up only with faults that were mended. The aim was 4,000, see README.md.
-const lineBudget = 11650
+const lineBudget = 11700
 
 // modules is all that the daemon may require.
 var modules = []string{"connectrpc.com/connect", "golang.org/x/sys", "google.golang.org/protobuf"}
